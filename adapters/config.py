@@ -1,0 +1,101 @@
+"""The configuration of a MoKA adapter."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from peft.config import PeftConfig
+
+from .registration import moka_type
+
+Shape = tuple[int, int]
+
+
+class AdapterError(ValueError):
+    """A MoKA adapter or its base cannot be built as asked; the message says what to change."""
+
+
+@dataclass
+class MokaConfig(PeftConfig):
+    """MoKA, a gated mixture of Kronecker products (arXiv 2508.03527): for each adapted linear layer
+
+        delta W = alpha * sum_i softmax(g)_i  A_i (x) B_i,        i = 1..r
+
+    with A_i Kaiming-uniform, B_i zero and g zero at the start, so that training begins at the base model and every
+    product at weight alpha / r. The gates g are one static vector a layer: a trained adapter merges.
+
+    The paper does not state initialisation, alpha or dropout; those here are this library's choice. Gates are kept in
+    float32 even where a trainer casts the other adapter weights to bfloat16, in which small gate steps are lost.
+
+    Args:
+        r: how many Kronecker products a layer. They differ in rank as their shapes do; r does not bound it.
+        n_shapes: over how many shapes the products are spread, as evenly as r allows (paper: 5 shapes, r = 10).
+        shapes: "balanced" (see `kronecker.balanced_shapes`), or a list of (a_out, a_in) used for every adapted layer;
+            a_out must divide the layer's out_features and a_in its in_features.
+        alpha: scale of the update; None stands for r, and is replaced by it.
+        gate: "softmax", or "none" for the fixed weight 1 / r (the ablation).
+        dropout: dropout on the adapter's input.
+        target_modules: names, a regular expression, or "all-linear"; None takes PEFT's choice for the architecture
+            (q_proj and v_proj for most).
+        exclude_modules: names or a regular expression of modules to leave out.
+        layers_to_transform: adapt only the layers of these indices.
+        layers_pattern: name of the list of layers, where it is not a usual one.
+        rank_pattern: r for modules whose name matches, e.g. {"down_proj": 4}.
+        alpha_pattern: alpha for modules whose name matches.
+        modules_to_save: modules trained in full and saved with the adapter.
+        init_weights: True as above; False draws B as A, so that the adapter is not the identity (for tests).
+        resolved_shapes: written by the tuner: the shapes in use for each layer size, e.g. {"576x192": [[24, 12]]}. It
+            is saved, so that a later version with another choice of balanced shapes loads today's adapters.
+
+    Raises:
+        AdapterError: a value is out of range; the message names it.
+    """
+
+    r: int = 10
+    n_shapes: int = 5
+    shapes: str | list[Shape] = "balanced"
+    alpha: float | None = None
+    gate: Literal["softmax", "none"] = "softmax"
+    dropout: float = 0.0
+    target_modules: list[str] | str | None = None
+    exclude_modules: list[str] | str | None = None
+    layers_to_transform: list[int] | int | None = None
+    layers_pattern: list[str] | str | None = None
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
+    modules_to_save: list[str] | None = None
+    bias: Literal["none"] = "none"
+    init_weights: bool = True
+    resolved_shapes: dict[str, list[Shape]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = moka_type()
+        for name in ("target_modules", "exclude_modules"):
+            value = getattr(self, name)
+            setattr(self, name, set(value) if isinstance(value, list) else value)
+        if self.alpha is None:
+            self.alpha = float(self.r)
+        self._check()
+
+    def _check(self) -> None:
+        for name, value in {"r": self.r, **{f"rank_pattern[{k!r}]": v for k, v in self.rank_pattern.items()}}.items():
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise AdapterError(f"{name} must be a positive whole number of Kronecker products, got {value!r}")
+        if self.n_shapes < 1:
+            raise AdapterError(f"n_shapes must be at least 1, got {self.n_shapes!r}")
+        if self.gate not in ("softmax", "none"):
+            raise AdapterError(f"gate must be 'softmax' or 'none', got {self.gate!r}")
+        if not 0.0 <= self.dropout < 1.0:
+            raise AdapterError(f"dropout must be in [0, 1), got {self.dropout!r}")
+        if self.bias != "none":
+            raise AdapterError(f"bias must be 'none': MoKA trains no biases; got {self.bias!r}")
+        if self.shapes != "balanced" and (isinstance(self.shapes, str) or not self.shapes):
+            raise AdapterError(f"shapes must be 'balanced' or a list of (a_out, a_in) pairs, got {self.shapes!r}")
+        if self.layers_pattern and self.layers_to_transform is None:
+            raise AdapterError("layers_pattern is used with layers_to_transform, which is not set")
+        if isinstance(self.target_modules, str) and self.target_modules != "all-linear":
+            if self.layers_to_transform is not None:
+                raise AdapterError(
+                    "layers_to_transform works with a list of target_modules, not with the regular expression "
+                    f"{self.target_modules!r}; name the layers in the expression instead"
+                )

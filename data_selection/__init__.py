@@ -1,0 +1,29 @@
+"""Which data to train on.
+
+`Dsir` weighs every text of a pool by how much likelier it is under a target than under the pool, and picks;
+a `Selection` is what was picked, why, and the random control of equal size.
+
+Names are imported when first used, so that importing the package costs nothing.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .dsir import Dsir
+    from .selection import Selection
+    from .texts import DataSelectionError
+
+__all__ = ["DataSelectionError", "Dsir", "Selection"]
+
+_HOME = {"DataSelectionError": ".texts", "Dsir": ".dsir", "Selection": ".selection"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_HOME[name], __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,446 @@
+"""Strict reading of recipe files: YAML 1.2 core values, and a line and column for everything.
+
+PyYAML does the scanning and parsing; the values, the refusals and the positions are decided here.
+What differs from `yaml.safe_load`, and why:
+
+- scalars follow the YAML 1.2 core schema (https://yaml.org/spec/1.2.2/#103-core-schema): `1e-5` is a number,
+  `012` is 12, `0o17` is 15, and `on`, `off`, `yes`, `no`, `1_000` and dates stay text;
+- a key that stands twice in one mapping is refused, because the first value would be lost silently;
+- keys are text, tags beyond the core ones are refused, a file holds one document;
+- the tree is capped, counted after aliases are expanded, so a short file cannot fill the memory.
+
+Anchors, aliases and merge keys (`<<: *defaults`) work; merge keys come from YAML 1.1 and are kept because
+recipes share trainer settings with them. A mapping's own keys win over merged ones.
+"""
+
+import copy
+import difflib
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import yaml
+from yaml.composer import ComposerError
+from yaml.reader import Reader
+
+from .faults import Fault, RecipeError
+
+MAX_NODES = 100_000
+MAX_DEPTH = 64
+MAX_DIGITS = 400
+
+Path = tuple[str | int, ...]
+Place = Callable[[int, int], str]
+
+
+@dataclass(frozen=True)
+class Document:
+    """A recipe as read: plain mappings, lists and scalars in `data`, and where each of them was written.
+
+    `marks` maps a path in `data` to a place, "name:line:column" (both from 1) or "override 'key=value'".
+    """
+
+    name: str
+    data: dict[str, Any]
+    marks: dict[Path, str] = field(repr=False)
+
+    def where(self, path: Sequence[str | int]) -> str:
+        """Where `path` was written: the key of a mapping entry, the first character of a list item.
+
+        `path` may be a pydantic `loc`: segments that the data does not have (tags of a union, names of
+        validators, a missing key) are passed over, and the nearest parent that exists answers.
+        """
+        found = _existing(self.data, path)
+        while found not in self.marks:
+            found = found[:-1]
+        return self.marks[found]
+
+
+def read(text: str | bytes, name: str) -> Document:
+    """Read a recipe; `name` is what the positions begin with, usually the path of the file.
+
+    Raises RecipeError with every fault that can be found (after a syntax error, reading stops there).
+    """
+    if isinstance(text, bytes):
+        text = _decoded(text, name)
+    text = text.removeprefix("\ufeff")
+
+    def place(line: int, column: int) -> str:
+        return f"{name}:{line + 1}:{column + 1}"
+
+    root, data, marks = _parse(text, place)
+    if root is None or data is None:
+        raise RecipeError([Fault(place(0, 0), "the recipe is empty; it must be a mapping of keys")])
+    if not isinstance(data, dict):
+        raise RecipeError([Fault(marks[()], f"a recipe must be a mapping of keys, not {_kind(data)}")])
+    return Document(name, data, marks)
+
+
+def apply_overrides(document: Document, overrides: Iterable[str]) -> Document:
+    """A copy of the document with each `path.to.key=value` put in, in order; a later one wins.
+
+    The value is a YAML 1.2 scalar or a flow value (`[1, 2]`, `{a: 1}`). A list item is picked by its number
+    from 0, or, where the items are mappings with a `stage` key, by the name of the stage. A mapping takes new
+    keys, and missing mappings on the way are made: validation judges their names. Keys that contain a dot
+    cannot be reached; give the mapping that holds them as a flow value.
+
+    Raises RecipeError with the faults of all overrides.
+    """
+    data, marks, faults = copy.deepcopy(document.data), dict(document.marks), []
+    for override in overrides:
+        where = "override " + _short(override)
+        try:
+            path, value = _override(override, where)
+            path = _put(data, path, value, where)
+        except RecipeError as error:
+            faults += error.faults
+            continue
+        marks = {at: mark for at, mark in marks.items() if at[: len(path)] != path}
+        # A mapping that the override had to make is its doing as well.
+        marks |= {path[:n]: where for n in range(1, len(path) + 1) if path[:n] not in marks}
+    if faults:
+        raise RecipeError(faults)
+    return Document(document.name, data, marks)
+
+
+# ---------------------------------------------------------------- text to nodes
+
+
+def _decoded(raw: bytes, name: str) -> str:
+    try:
+        return raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        before = raw[: error.start].decode("utf-8-sig", "replace")
+        line, column = _line_column(before)
+        message = f"byte 0x{raw[error.start]:02x} is not UTF-8 text; save the file as UTF-8"
+        raise RecipeError([Fault(f"{name}:{line + 1}:{column + 1}", message)]) from None
+
+
+def _line_column(before: str) -> tuple[int, int]:
+    # The line breaks that PyYAML counts, so that all positions agree.
+    lines = re.split("\r\n|[\r\n\x85\u2028\u2029]", before)
+    return len(lines) - 1, len(lines[-1])
+
+
+def _parse(text: str, place: Place) -> tuple[yaml.Node | None, Any, dict[Path, str]]:
+    """The root node, its plain value and the place of every path; raises RecipeError with all faults."""
+    bad = Reader.NON_PRINTABLE.search(text)
+    if bad:
+        message = f"character U+{ord(bad.group()):04X} is not allowed in YAML"
+        raise RecipeError([Fault(place(*_line_column(text[: bad.start()])), message)])
+    loader = _Loader(text, place)
+    try:
+        root = loader.get_single_node()
+        if root is None:
+            return None, None, {}
+        tree = _Tree(loader, place)
+        data = tree.value(root, ())
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark or loader.get_mark()
+        raise RecipeError([*loader.faults, Fault(place(mark.line, mark.column), _plain_words(error))]) from None
+    except (ValueError, OverflowError):  # PyYAML hands "\UFFFFFFFF" to chr() unchecked
+        mark = loader.get_mark()
+        message = "the number in this escape or directive is out of range"
+        raise RecipeError([*loader.faults, Fault(place(mark.line, mark.column), message)]) from None
+    if loader.faults:
+        raise RecipeError(loader.faults)
+    tree.marks[()] = place(root.start_mark.line, root.start_mark.column)
+    return root, data, tree.marks
+
+
+_SYNTAX = {  # what PyYAML says -> what a person can act on; {0} is a group, {line} where the construct begins
+    r"found character '\\t'": "a tab cannot indent; use spaces",
+    r"found character (.+) that cannot start": "a value cannot begin with {0}; put it in quotes",
+    r"could not find expected ':'": "the text of line {line} stands where a key must, but no ': ' follows it",
+    r"mapping values are not allowed": "a ': ' cannot stand here; put the value in quotes or check the indentation",
+    r"sequence entries are not allowed": "a list item '- ' cannot stand here; begin a new line for it",
+    r"mapping keys are not allowed": "a '? ' cannot stand here; put the value in quotes",
+    r"expected <block end>": "this does not belong to the block of line {line}; check the indentation and quotes",
+    r"expected ',' or '(.)'": "a ',' or '{0}' is missing; the bracket was opened in line {line}",
+    r"unexpected (end of stream|document sep)": "the quoted text that begins in line {line} is never closed",
+    r"undefined alias '(.*)'": "no anchor &{0} stands above the alias *{0}; put the value in quotes if it is text",
+    r"second occurrence": "this anchor was already given in line {line}; choose another name",
+    r"found another document": "a file holds one recipe; remove this second document",
+    r"expected '<document start>'": "this does not belong to the recipe above; check brackets and indentation",
+    r"expected the node content": "a value is missing here",
+    r"undefined tag handle": "tags (!name) are not allowed in a recipe; put the value in quotes if it is text",
+    r"unknown escape character (.+)": "{0} after a backslash is not an escape; use single quotes",
+    r"expected escape sequence": "this escape needs more hexadecimal digits; use single quotes if none is meant",
+}
+
+
+def _plain_words(error: yaml.MarkedYAMLError) -> str:
+    line = error.context_mark.line + 1 if error.context_mark else 0
+    problem = str(error.problem or error.context)
+    for pattern, words in _SYNTAX.items():
+        match = re.search(pattern, problem)
+        if match:
+            return words.format(*match.groups(), line=line)
+    if error.context == "while scanning a directive":
+        return "a line that begins with '%' is not allowed here; put the text in quotes"
+    if error.context == "while scanning a block scalar":
+        return "after '|' or '>' only a '+' or '-', a digit from 1 to 9 or a comment may stand in the line"
+    return re.sub(r"'?<(.+?)>'?", r"\1", problem).replace("'\\x00'", "the end of the file")
+
+
+# ---------------------------------------------------------------- nodes to values
+
+_TAG = "tag:yaml.org,2002:"
+_SCALARS = {
+    "null": re.compile(r"null|Null|NULL|~|"),
+    "bool": re.compile(r"true|True|TRUE|false|False|FALSE"),
+    "int": re.compile(r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+"),
+    "float": re.compile(
+        r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)"
+    ),
+    "str": re.compile(r"(?s:.*)"),
+}
+_COLLECTIONS = {"seq": yaml.SequenceNode, "map": yaml.MappingNode}
+
+
+class _Loader(yaml.SafeLoader):
+    """Composes nodes with 1.2 core tags; keeps the place of list items, which an alias node would hide."""
+
+    def __init__(self, text: str, place: Place) -> None:
+        super().__init__(text)
+        self.place = place
+        self.faults: list[Fault] = []
+        self.item_marks: dict[tuple[int, int], yaml.Mark] = {}
+        self.depth = self.nodes = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        event = self.peek_event()
+        self.depth += 1
+        self.nodes += 1
+        _refuse_size(self.depth, self.nodes, event.start_mark)
+        if isinstance(index, int):
+            self.item_marks[id(parent), index] = event.start_mark
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        tag = getattr(event, "tag", None)  # an alias event has none
+        if tag is not None and not (tag.startswith(_TAG) and _fits(tag.removeprefix(_TAG), node)):
+            shown = tag.replace(_TAG, "!!")
+            message = f"the tag {_short(shown)} is not allowed here; remove it"
+            self.faults.append(Fault(self.place(event.start_mark.line, event.start_mark.column), message))
+        return node
+
+    def resolve(self, kind: type[yaml.Node], value: Any, implicit: Any) -> str:
+        if kind is not yaml.ScalarNode:
+            return super().resolve(kind, value, implicit)
+        # Quoted text is text; the first pattern that takes all of a plain scalar names its type.
+        plain = implicit[0]
+        return _TAG + next(name for name, form in _SCALARS.items() if plain and form.fullmatch(value) or name == "str")
+
+
+def _fits(tag: str, node: yaml.Node | None) -> bool:
+    if isinstance(node, yaml.ScalarNode):
+        return tag in _SCALARS
+    return tag in _COLLECTIONS and isinstance(node, _COLLECTIONS[tag])
+
+
+def _refuse_size(depth: int, nodes: int, mark: yaml.Mark) -> None:
+    if depth > MAX_DEPTH:
+        raise ComposerError(None, None, f"values are nested more than {MAX_DEPTH} deep; flatten the recipe", mark)
+    if nodes > MAX_NODES:
+        message = f"more than {MAX_NODES} values, aliases counted each time they are used; shorten the recipe"
+        raise ComposerError(None, None, message, mark)
+
+
+class _Tree:
+    """Turns nodes into plain values, expanding aliases, and collects marks and faults on the way."""
+
+    def __init__(self, loader: _Loader, place: Place) -> None:
+        self.place = place
+        self.item_marks = loader.item_marks
+        self.faults = loader.faults
+        self.marks: dict[Path, str] = {}
+        self.nodes = 0
+        self.open: set[int] = set()
+
+    def at(self, mark: yaml.Mark) -> str:
+        return self.place(mark.line, mark.column)
+
+    def fault(self, node: yaml.Node, message: str) -> None:
+        self.faults.append(Fault(self.at(node.start_mark), message))
+
+    def value(self, node: yaml.Node, path: Path) -> Any:
+        self.nodes += 1
+        _refuse_size(len(path) + 1, self.nodes, node.start_mark)
+        if isinstance(node, yaml.ScalarNode):
+            return self.scalar(node)
+        if id(node) in self.open:
+            return self.fault(node, "this value contains an alias to itself")
+        self.open.add(id(node))
+        value = self.mapping(node, path) if isinstance(node, yaml.MappingNode) else self.sequence(node, path)
+        self.open.discard(id(node))
+        return value
+
+    def sequence(self, node: yaml.Node, path: Path) -> list[Any]:
+        values = []
+        for index, item in enumerate(node.value):
+            self.marks[(*path, index)] = self.at(self.item_marks[id(node), index])
+            values.append(self.value(item, (*path, index)))
+        return values
+
+    def mapping(self, node: yaml.MappingNode, path: Path) -> dict[str, Any]:
+        values = {}
+        for key, (key_node, value_node) in self.entries(node).items():
+            self.marks[(*path, key)] = self.at(key_node.start_mark)
+            values[key] = self.value(value_node, (*path, key))
+        return values
+
+    def entries(self, node: yaml.MappingNode) -> dict[str, tuple[yaml.Node, yaml.Node]]:
+        """Key and value node of each entry, its own first, then the merged ones it does not give itself."""
+        own: dict[str, tuple[yaml.Node, yaml.Node]] = {}
+        sources: list[yaml.Node] = []
+        for key_node, value_node in node.value:
+            self.nodes += 1
+            _refuse_size(0, self.nodes, key_node.start_mark)
+            key = self.key(key_node)
+            if key in own:
+                first = self.at(own[key][0].start_mark)
+                self.fault(key_node, f"key {_short(key)} is given twice; the first stands at {first}")
+            if key is None or key in own:
+                self.value(value_node, ())  # what it holds may have faults of its own
+            else:
+                own[key] = key_node, value_node
+        merge = own.get("<<")
+        if merge and merge[0].style is None:
+            del own["<<"]
+            sources = merge[1].value if isinstance(merge[1], yaml.SequenceNode) else [merge[1]]
+        for source in sources:
+            if not isinstance(source, yaml.MappingNode):
+                self.fault(merge[0] if merge else node, "'<<' takes an alias to a mapping, or a list of them")
+            elif id(source) in self.open:
+                self.fault(source, "this value contains an alias to itself")
+            else:
+                self.open.add(id(source))
+                own = self.entries(source) | own
+                self.open.discard(id(source))
+        return own
+
+    def key(self, node: yaml.Node) -> str | None:
+        value = self.scalar(node) if isinstance(node, yaml.ScalarNode) else node.value
+        if isinstance(value, str):
+            return value
+        if isinstance(node, yaml.ScalarNode):
+            hint = f"; put it in quotes: '{_short(node.value)[1:-1]}'" if node.value else ""
+            self.fault(node, f"a key must be text, and this is {_kind(value)}{hint}")
+        else:
+            self.fault(node, "a key must be text, not a list or a mapping")
+        return None
+
+    def scalar(self, node: yaml.ScalarNode) -> Any:
+        name, text = node.tag.removeprefix(_TAG), node.value
+        if name not in _SCALARS:
+            return text  # its tag is a fault already
+        if not _SCALARS[name].fullmatch(text):
+            return self.fault(node, f"{_short(text)} is not what its tag !!{name} says")
+        if name == "str" and re.search("[\ud800-\udfff]", text):
+            return self.fault(node, "an escape here is half of a character; write the character itself")
+        if name == "int" and len(text) > MAX_DIGITS:
+            return self.fault(node, f"a number of {len(text)} digits is too long; {MAX_DIGITS} are allowed")
+        number = _CONVERT[name](text)
+        if name == "float" and abs(number) == float("inf") and "inf" not in text.lower():
+            return self.fault(node, f"{_short(text)} is too large for a number; write .inf for infinity")
+        return number
+
+
+def _integer(text: str) -> int:
+    base = {"0o": 8, "0x": 16}.get(text[:2], 10)
+    return int(text, base) if base != 10 else int(text)
+
+
+_CONVERT: dict[str, Callable[[str], Any]] = {
+    "null": lambda text: None,
+    "bool": lambda text: text.lower() == "true",
+    "int": _integer,
+    "float": lambda text: float(re.sub(r"\.(?=[in])", "", text.lower())),
+    "str": str,
+}
+
+
+# ---------------------------------------------------------------- overrides and paths
+
+
+def _override(override: str, where: str) -> tuple[list[str], Any]:
+    target, equals, text = override.partition("=")
+    steps = target.strip().split(".")
+    if not equals or not all(steps):
+        raise RecipeError([Fault(where, "an override is written path.to.key=value")])
+    if len(steps) > MAX_DEPTH:
+        raise RecipeError([Fault(where, f"a path has at most {MAX_DEPTH} steps, this one {len(steps)}")])
+    root, value, _ = _parse(text, lambda line, column: where)
+    start, end = (root.start_mark.index, root.end_mark.index) if root else (0, 0)
+    # A comment or a document marker would be dropped silently, `color=#fff` would become null.
+    if text[:start].strip() or text[end:].strip():
+        raise RecipeError([Fault(where, f"not all of {_short(text)} is a value; put it in YAML quotes")])
+    if isinstance(root, yaml.CollectionNode) and not root.flow_style:
+        raise RecipeError([Fault(where, f"{_short(text)} must be written {{key: value}} or [item], or in quotes")])
+    return steps, value
+
+
+def _put(data: Any, steps: list[str], value: Any, where: str) -> Path:
+    """Set the value in place; returns the path in the data, with list items by number."""
+    path: Path = ()
+    for n, step in enumerate(steps):
+        here = ".".join(steps[:n]) or "the recipe"
+        last = n == len(steps) - 1
+        if isinstance(data, list):
+            key: str | int = _item(data, step, here, where)
+        elif isinstance(data, dict):
+            key = step
+            if not last and data.get(key) is None:
+                data[key] = {}
+        else:
+            message = f"{here} is {_short(data) if isinstance(data, str) else _kind(data)}, it has no key {step!r}"
+            raise RecipeError([Fault(where, message)])
+        path = (*path, key)
+        if last:
+            data[key] = value
+        else:
+            data = data[key]
+    return path
+
+
+def _item(items: list[Any], step: str, here: str, where: str) -> int:
+    """The number of the list item that a step of an override names."""
+    stages = [item.get("stage") if isinstance(item, dict) else None for item in items]
+    found = [index for index, stage in enumerate(stages) if stage == step]
+    if len(found) == 1:
+        return found[0]
+    if found:
+        numbers = " and ".join(str(index) for index in found)
+        raise RecipeError([Fault(where, f"{len(found)} items of {here} are {step!r}; use a number: {numbers}")])
+    if re.fullmatch("[0-9]{1,9}", step) and int(step) < len(items):
+        return int(step)
+    count = f"{here} has {len(items)} items, numbered from 0" if items else f"{here} is an empty list"
+    names = [stage for stage in stages if isinstance(stage, str)]
+    if re.fullmatch("[-+]?[0-9]+", step) or not names:
+        raise RecipeError([Fault(where, f"no item {_short(step)}: {count}")])
+    close = difflib.get_close_matches(step, names, 1)
+    hint = f"; did you mean {close[0]!r}?" if close else ""
+    named = ", ".join(dict.fromkeys(names))
+    raise RecipeError([Fault(where, f"no item {_short(step)}: {count}, with the stages {named}{hint}")])
+
+
+def _existing(data: Any, path: Sequence[str | int]) -> Path:
+    """The longest path in the data that is made of segments of `path` in order; the first of several."""
+    reached: dict[Path, Any] = {(): data}
+    for segment in path:
+        for at, value in list(reached.items()):
+            if isinstance(value, dict) and segment in value:
+                reached.setdefault((*at, segment), value[segment])
+            elif isinstance(value, list) and type(segment) is int and 0 <= segment < len(value):
+                reached.setdefault((*at, segment), value[segment])
+    return max(reached, key=len)
+
+
+def _kind(value: Any) -> str:
+    words = {type(None): "null", bool: "true or false", int: "a number", float: "a number", str: "text"}
+    return words.get(type(value), "a list" if isinstance(value, list) else "a mapping")
+
+
+def _short(text: str) -> str:
+    return repr(text if len(text) <= 60 else text[:57] + "...")

@@ -1,0 +1,50 @@
+"""How the model is rewarded: tasks that check a certificate, rewards for TRL trainers, and honest scoring.
+
+Names are loaded on first use, so importing this room costs nothing.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .errors import RlError
+    from .evaluation import Evaluation, Rate, heuristic_table, score
+    from .rewards import CertificateReward
+    from .statistics import paired_difference, wilson_interval
+    from .tasks import CertificateTask, get_task
+
+_HOME = {
+    "RlError": ".errors",
+    "Evaluation": ".evaluation",
+    "Rate": ".evaluation",
+    "heuristic_table": ".evaluation",
+    "score": ".evaluation",
+    "CertificateReward": ".rewards",
+    "paired_difference": ".statistics",
+    "wilson_interval": ".statistics",
+    "CertificateTask": ".tasks",
+    "get_task": ".tasks",
+}
+
+__all__ = [
+    "CertificateReward",
+    "CertificateTask",
+    "Evaluation",
+    "Rate",
+    "RlError",
+    "get_task",
+    "heuristic_table",
+    "paired_difference",
+    "score",
+    "wilson_interval",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_HOME[name], __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

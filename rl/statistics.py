@@ -1,0 +1,69 @@
+"""Intervals for rates and for differences of paired rates."""
+
+from collections.abc import Sequence
+from math import sqrt
+from statistics import NormalDist
+
+from .errors import RlError
+
+
+def wilson_interval(successes: int, n: int, confidence: float = 0.95) -> tuple[float, float]:
+    """The Wilson score interval (low, high) of a rate of `successes` in `n` trials.
+
+    Never empty and never outside [0, 1], also at 0 or n successes, where the normal interval fails.
+    Source: E. B. Wilson, JASA 22 (1927), 209-212. Raises RlError unless 0 <= successes <= n, n >= 1 and
+    0 < confidence < 1.
+    """
+    if n < 1 or not 0 <= successes <= n:
+        raise RlError(f"a rate needs 0 <= successes <= n and n >= 1, got {successes} of {n}")
+    z = NormalDist().inv_cdf(0.5 + _checked(confidence) / 2)
+    rate = successes / n
+    middle = rate + z * z / (2 * n)
+    half = z * sqrt(rate * (1 - rate) / n + z * z / (4 * n * n))
+    scale = 1 + z * z / n
+    low = 0.0 if successes == 0 else (middle - half) / scale
+    high = 1.0 if successes == n else (middle + half) / scale
+    return low, high
+
+
+def paired_difference(
+    first: Sequence[int | bool],
+    second: Sequence[int | bool],
+    confidence: float = 0.95,
+    resamples: int = 2000,
+    seed: int = 0,
+) -> tuple[float, float, float]:
+    """mean(first) - mean(second) of two paired 0/1 sequences, with a bootstrap interval: (value, low, high).
+
+    The percentile bootstrap over items. An item's difference is -1, 0 or 1, so that drawing n items with
+    replacement is one multinomial draw of three counts; the cost does not depend on n. Where all items differ
+    alike the interval is a point: the bootstrap cannot see what it never met, so read it together with n.
+
+    Raises RlError for sequences that are empty, of different lengths or not 0/1, and for a bad confidence or
+    number of resamples.
+    """
+    import numpy as np
+
+    _checked(confidence)
+    if len(first) != len(second) or not len(first):
+        raise RlError(
+            f"paired sequences need one length, 1 or more, got {len(first)} and {len(second)} items"
+        )
+    if resamples < 1:
+        raise RlError(f"resamples must be 1 or more, got {resamples}")
+    a, b = np.asarray(first), np.asarray(second)  # (n,)
+    if not (np.isin(a, (0, 1)).all() and np.isin(b, (0, 1)).all()):
+        raise RlError("paired sequences must hold only 0 and 1 (or False and True)")
+    n = len(a)
+    differences = a.astype(np.int64) - b.astype(np.int64)
+    counts = np.bincount(differences + 1, minlength=3)  # how many -1, 0, 1
+    draws = np.random.default_rng(seed).multinomial(n, counts / n, size=resamples)  # (resamples, 3)
+    means = (draws[:, 2] - draws[:, 0]) / n
+    low, high = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])
+    return float(differences.mean()), float(low), float(high)
+
+
+def _checked(confidence: float) -> float:
+    if not 0 < confidence < 1:
+        raise RlError(f"confidence must lie between 0 and 1, got {confidence}")
+    return confidence

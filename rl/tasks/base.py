@@ -1,0 +1,217 @@
+"""What every certificate task shares: the protocol, marking, splits and data sets."""
+
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from ..errors import RlError
+from .parsing import Ids, Parsed, parse_answer
+from .splits import draw_distinct
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+Heuristic = Callable[["Instance"], Ids]
+Symmetry = Callable[[Any, "Instance"], "tuple[Instance, Callable[[Sequence[int]], Ids]]"]
+
+
+@dataclass(frozen=True)
+class Instance:
+    """One puzzle. `rows[i]` holds the columns of row id i + 1; `generator` says how the rows were drawn."""
+
+    rows: tuple[tuple[int, ...], ...]
+    generator: str = "given"
+
+    @property
+    def n(self) -> int:
+        """How many rows there are."""
+        return len(self.rows)
+
+
+@dataclass(frozen=True)
+class Solution:
+    """The optimum `value`, one optimal `certificate` (row ids), and how many optimal ones there are."""
+
+    value: int
+    certificate: Ids
+    n_optima: int
+
+    @property
+    def unique(self) -> bool:
+        """True where the certificate is the only optimal one."""
+        return self.n_optima == 1
+
+
+@dataclass(frozen=True)
+class Check:
+    """A checked certificate. `value` is 0 where it is infeasible; `order_ok`: ids in canonical order."""
+
+    feasible: bool
+    value: int
+    optimal: bool
+    order_ok: bool
+
+
+@dataclass(frozen=True)
+class Mark:
+    """One completion, marked against its instance; `check` is None where no ids were read."""
+
+    parsed: Parsed
+    check: Check | None
+    solution: Solution
+
+    @property
+    def answer_right(self) -> bool:
+        """The stated count is the optimum, whatever the ids are worth."""
+        return self.parsed.answer == self.solution.value
+
+    @property
+    def certificate_right(self) -> bool:
+        """Both blocks were read and the ids are a feasible certificate of optimal value."""
+        return self.parsed.ok and self.check is not None and self.check.optimal
+
+    @property
+    def verdict(self) -> str:
+        """One word or phrase for people: "optimal", "suboptimal", "infeasible" or "parse failure: ..."."""
+        if not self.parsed.ok or self.check is None:
+            return f"parse failure: {self.parsed.failure}"
+        if not self.check.feasible:
+            return "infeasible"
+        return "optimal" if self.check.optimal else "suboptimal"
+
+
+class CertificateTask(ABC):
+    """A family of puzzles; a solution is a set of row ids that is checked without trusting its author.
+
+    A task gives `name`, `version` (raised whenever the same seed no longer gives the same instances),
+    `columns` (the names of an instance's columns), `heuristics` (name -> rule from an instance to ids; known
+    shortcuts, not the solver), `symmetries` (name -> function of (rng, instance) that returns a changed
+    instance and the map of its certificates) and the abstract methods. Parsing, marking, splits and data sets
+    are shared.
+    """
+
+    name: str
+    version: int
+    columns: tuple[str, ...]
+    heuristics: Mapping[str, Heuristic]
+    symmetries: Mapping[str, Symmetry]
+
+    @abstractmethod
+    def generate(self, rng: Any, n: int | Sequence[int]) -> Instance:
+        """A random instance with `n` rows; for a pair [low, high] the size is drawn first, uniformly."""
+
+    @abstractmethod
+    def prompt(self, instance: Instance, hint: bool = False) -> str:
+        """The task, rows `id | ...` and the form of the answer; `hint` adds the method in one line."""
+
+    @abstractmethod
+    def solve(self, instance: Instance) -> Solution:
+        """The optimum, by an exact method."""
+
+    @abstractmethod
+    def check(self, instance: Instance, certificate: Sequence[int]) -> Check:
+        """Whether the ids are feasible, what they are worth and whether that is the optimum."""
+
+    @abstractmethod
+    def write(self, instance: Instance, ids: Sequence[int]) -> str:
+        """A completion that claims `ids`, right or wrong, in the form that the prompt asks for."""
+
+    @abstractmethod
+    def features(self, instance: Instance) -> dict[str, float]:
+        """Numbers read off the input alone, none of them from an algorithm that solves the task."""
+
+    @abstractmethod
+    def options(self) -> dict[str, Any]:
+        """The options that decide which instances are drawn."""
+
+    def completion(self, instance: Instance) -> str:
+        """The worked solution."""
+        return self.write(instance, self.solve(instance).certificate)
+
+    def key(self, instance: Instance) -> str:
+        """The canonical string of an instance: its rows in order, and nothing of how they were drawn.
+
+        Splits are made on it. Coarser keys (the rank pattern) would be too few to split: there are at most 13
+        patterns of three values.
+        """
+        return ";".join(",".join(map(str, row)) for row in instance.rows)
+
+    def parse(self, text: str) -> Parsed:
+        r"""Reads `\ids{...}` and `\answer{...}` in linear time, see `parse_answer`."""
+        return parse_answer(text)
+
+    def mark(self, instance: Instance, text: str) -> Mark:
+        """Parses a completion and checks what it states. Never raises on any text."""
+        parsed = self.parse(text)
+        check = None if parsed.ids is None else self.check(instance, parsed.ids)
+        return Mark(parsed, check, self.solve(instance))
+
+    def to_json(self, instance: Instance) -> str:
+        """One line of JSON that `instance_from_json` reads back."""
+        return json.dumps({"task": self.name, "generator": instance.generator, "rows": instance.rows})
+
+    def instance_from_json(self, text: str) -> Instance:
+        """The instance that `to_json` wrote. Raises RlError for anything else."""
+        try:
+            data = json.loads(text)
+            rows = tuple(tuple(row) for row in data["rows"])
+            task, generator = data["task"], str(data["generator"])
+        except (TypeError, KeyError, ValueError) as error:
+            raise RlError(f"not an instance written by to_json: {str(text)[:80]!r}") from error
+        if task != self.name:
+            raise RlError(f"this instance belongs to task {task!r}, not {self.name!r}: get that task")
+        width = len(self.columns)
+        if not rows or any(len(row) != width or any(type(cell) is not int for cell in row) for row in rows):
+            raise RlError(
+                f"an instance of {self.name!r} has rows of {width} integers, got {str(text)[:80]!r}"
+            )
+        return Instance(rows, generator)
+
+    def instances(
+        self, size: int, n: int | Sequence[int], seed: int = 0, split: str = "train"
+    ) -> list[Instance]:
+        """`size` different instances of one split; a larger size begins with the same instances.
+
+        n: rows of an instance, or a pair [low, high]. It is drawn first, uniformly, and everything else (a
+        unique optimum, the split, no repetition) is reached by drawing again at that n, so that small
+        instances, which pass more easily, are not over-represented. (arXiv 2510.27044, algorithms 2 and 4,
+        draws n anew on each rejection, which makes five rows some 2.4 times as frequent as sixteen in "lis".)
+        split: "train", "validation" or "test" (80, 10, 10 per cent), decided by a hash of the key: two splits
+        share no instance, whatever their seeds. Seeds give independent streams, so the sets of two seeds
+        share instances only by chance, which tiny n and narrow ranges make likely.
+
+        Raises RlError for a bad argument, or where the split has no more instances of some n.
+        """
+        salt = (self.version, sorted(self.options().items()))
+        return draw_distinct(self.name, self.generate, self.key, size, n, seed, split, salt)
+
+    def dataset(self, size: int, n: int | Sequence[int], seed: int = 0, split: str = "train") -> "Dataset":
+        """`instances(...)` as a data set for TRL's SFT and GRPO trainers.
+
+        Columns: `prompt` (a list of one user message), `completion` (a list of one assistant message, the
+        worked solution), `instance` (a string for `instance_from_json`), `optimum` (int), `n` (int). Raises
+        RlError as `instances` does.
+        """
+        from datasets import Dataset
+
+        return Dataset.from_list(
+            [
+                {
+                    "prompt": [{"role": "user", "content": self.prompt(instance)}],
+                    "completion": [{"role": "assistant", "content": self.completion(instance)}],
+                    "instance": self.to_json(instance),
+                    "optimum": self.solve(instance).value,
+                    "n": instance.n,
+                }
+                for instance in self.instances(size, n, seed, split)
+            ]
+        )
+
+
+def table(columns: Sequence[str], rows: Sequence[Sequence[int]]) -> str:
+    """A header line `id | column ...` and one line per row, ids from 1."""
+    lines = [" | ".join(("id", *columns))]
+    lines += [" | ".join(map(str, (i, *row))) for i, row in enumerate(rows, start=1)]
+    return "\n".join(lines)

@@ -1,0 +1,83 @@
+import random
+import statistics
+
+import pytest
+
+from krontune.rl import RlError, paired_difference, wilson_interval
+
+
+@pytest.mark.parametrize(
+    ("successes", "n", "low", "high"),
+    [
+        (0, 10, 0.0, 0.27753),
+        (1, 10, 0.01788, 0.40415),
+        (5, 10, 0.23659, 0.76341),
+        (10, 10, 0.72247, 1.0),
+        (81, 263, 0.25529, 0.36621),
+        (15, 148, 0.06238, 0.16055),
+        (1, 29, 0.00611, 0.17178),
+    ],
+)
+def test_wilson_gives_the_published_numbers(successes, n, low, high):
+    """81/263, 15/148 and 1/29 are examples of R. G. Newcombe, Statistics in Medicine 17 (1998), 857-872."""
+    assert wilson_interval(successes, n) == pytest.approx((low, high), abs=2e-4)
+
+
+def test_wilson_narrows_with_less_confidence():
+    low, high = wilson_interval(30, 100)
+    low_90, high_90 = wilson_interval(30, 100, confidence=0.9)
+    assert low < low_90 < 0.3 < high_90 < high
+
+
+@pytest.mark.parametrize(
+    ("successes", "n", "confidence"), [(1, 0, 0.95), (-1, 5, 0.95), (6, 5, 0.95), (1, 5, 1)]
+)
+def test_wilson_refuses_what_is_no_rate(successes, n, confidence):
+    with pytest.raises(RlError):
+        wilson_interval(successes, n, confidence)
+
+
+def naive_bootstrap(first, second, resamples, seed):
+    """Draw items with replacement, one by one."""
+    rng = random.Random(seed)
+    pairs = list(zip(first, second, strict=True))
+    means = []
+    for _ in range(resamples):
+        drawn = rng.choices(pairs, k=len(pairs))
+        means.append(sum(a - b for a, b in drawn) / len(drawn))
+    cuts = statistics.quantiles(means, n=40, method="inclusive")
+    return cuts[0], cuts[-1]
+
+
+@pytest.mark.parametrize("n", [7, 31, 150])
+def test_the_paired_interval_agrees_with_drawing_items_one_by_one(n):
+    rng = random.Random(n)
+    second = [int(rng.random() < 0.4) for _ in range(n)]
+    first = [b if rng.random() < 0.6 else int(rng.random() < 0.8) for b in second]
+    value, low, high = paired_difference(first, second, resamples=4000)
+    naive_low, naive_high = naive_bootstrap(first, second, 4000, 1)
+    assert value == pytest.approx((sum(first) - sum(second)) / n)
+    step = 2.01 / n if n < 100 else 0.02
+    assert abs(low - naive_low) <= step and abs(high - naive_high) <= step
+    assert low <= value <= high
+
+
+def test_the_paired_interval_uses_the_pairing():
+    noise = [i % 2 for i in range(200)]
+    same = [(i + 1) % 2 for i in range(200)]
+    assert paired_difference(noise, noise) == (0.0, 0.0, 0.0)
+    value, low, high = paired_difference(noise, same)
+    assert value == 0.0 and low < -0.1 and high > 0.1
+
+
+def test_the_seed_decides_the_interval():
+    first, second = [1, 1, 0, 1, 0, 1, 1], [0, 1, 0, 0, 1, 0, 1]
+    assert paired_difference(first, second, seed=4) == paired_difference(first, second, seed=4)
+    intervals = {paired_difference(first, second, resamples=40, seed=seed) for seed in range(20)}
+    assert len(intervals) > 1
+
+
+@pytest.mark.parametrize(("first", "second"), [([], []), ([1], [1, 0]), ([0.5], [1]), ([2], [1])])
+def test_what_is_not_paired_zeros_and_ones_is_refused(first, second):
+    with pytest.raises(RlError):
+        paired_difference(first, second)
