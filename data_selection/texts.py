@@ -9,6 +9,8 @@ from typing import Any, TypeAlias
 
 # One path, several paths, a datasets.Dataset, or an iterable of strings or rows.
 TextSource: TypeAlias = str | os.PathLike[str] | Iterable[Any]
+# A row of a file and where it stands, "pool.jsonl:12".
+Row: TypeAlias = tuple[dict[str, Any], str]
 
 SUFFIXES = (".jsonl", ".parquet", ".txt")
 ROWS_PER_READ = 1000
@@ -118,19 +120,32 @@ def _item_text(item: Any, where: str) -> str:
     raise DataSelectionError(f"{where}: {item!r} is a {type(item).__name__}; give strings or rows (mappings)")
 
 
-def _file_texts(path: Path, name: str) -> Iterator[str]:
-    readers = {".jsonl": _jsonl_texts, ".parquet": _parquet_texts, ".txt": _txt_texts}
-    if path.suffix not in readers:
+def read_rows(path: str | os.PathLike[str], name: str = "data", text_only: bool = False) -> Iterator[Row]:
+    """The rows of a `.jsonl`, `.parquet` or `.txt` file (one {"text": line} a line), each with its place, which
+    names file and line for error messages. With `text_only` a parquet file gives only the columns of `row_text`.
+
+    Raises:
+        DataSelectionError: as in `read_texts`.
+    """
+    path = Path(path)
+    if path.suffix not in SUFFIXES:
         raise DataSelectionError(
             f"{name}: {str(path)!r} does not end in one of {', '.join(SUFFIXES)}; convert the file, or pass "
             "texts as a list of strings"
         )
     if not path.is_file():
         raise DataSelectionError(f"{name}: there is no file {str(path)!r} (looked in {Path.cwd()})")
-    yield from readers[path.suffix](path)
+    if path.suffix == ".jsonl":
+        return _jsonl_rows(path)
+    return _txt_rows(path) if path.suffix == ".txt" else _parquet_rows(path, text_only)
 
 
-def _jsonl_texts(path: Path) -> Iterator[str]:
+def _file_texts(path: Path, name: str) -> Iterator[str]:
+    for row, where in read_rows(path, name, text_only=True):
+        yield row_text(row, where)
+
+
+def _jsonl_rows(path: Path) -> Iterator[Row]:
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             if not line.strip():
@@ -143,19 +158,19 @@ def _jsonl_texts(path: Path) -> Iterator[str]:
                 raise DataSelectionError(
                     f"{path}:{number}: a {type(row).__name__}, not an object; give one row a line"
                 )
-            yield row_text(row, f"{path}:{number}")
+            yield row, f"{path}:{number}"
 
 
-def _txt_texts(path: Path) -> Iterator[str]:
+def _txt_rows(path: Path) -> Iterator[Row]:
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             try:
-                yield line.decode("utf-8").rstrip("\r\n")
+                yield {"text": line.decode("utf-8").rstrip("\r\n")}, f"{path}:{number}"
             except UnicodeDecodeError as error:
                 raise DataSelectionError(f"{path}:{number}: not UTF-8: {error}; convert the file") from error
 
 
-def _parquet_texts(path: Path) -> Iterator[str]:
+def _parquet_rows(path: Path, text_only: bool) -> Iterator[Row]:
     import pyarrow
     from pyarrow import parquet
 
@@ -164,11 +179,11 @@ def _parquet_texts(path: Path) -> Iterator[str]:
     except pyarrow.ArrowInvalid as error:
         raise DataSelectionError(f"{path}: not a parquet file: {error}") from error
     with file:
-        columns = _text_columns(file.schema_arrow.names, str(path))
+        columns = _text_columns(file.schema_arrow.names, str(path)) if text_only else None
         number = 0
         for batch in file.iter_batches(batch_size=ROWS_PER_READ, columns=columns):
             for row in batch.to_pylist():
-                yield row_text(row, f"{path}, row {number}")
+                yield row, f"{path}, row {number}"
                 number += 1
 
 

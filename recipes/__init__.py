@@ -1,1 +1,41 @@
-"""TODO"""
+"""What is run: one file from raw data to a checked, adapted model.
+
+    from krontune import recipes
+    run = recipes.run(recipes.load("quickstart"), "runs/quickstart")
+
+Names are imported when first used: a recipe's trainer sections need TRL, which takes seconds to import.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .chain import Run, run
+    from .faults import Fault, RecipeError
+    from .loader import load
+    from .preflight import check
+    from .run_folder import RunError
+    from .schema import Recipe
+
+__all__ = ["Fault", "Recipe", "RecipeError", "Run", "RunError", "check", "load", "run"]
+
+_HOME = {
+    "Fault": ".faults",
+    "Recipe": ".schema",
+    "RecipeError": ".faults",
+    "Run": ".chain",
+    "RunError": ".run_folder",
+    "check": ".preflight",
+    "load": ".loader",
+    "run": ".chain",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_HOME[name], __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

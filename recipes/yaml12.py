@@ -137,12 +137,13 @@ def _parse(text: str, place: Place) -> tuple[yaml.Node | None, Any, dict[Path, s
         tree = _Tree(loader, place)
         data = tree.value(root, ())
     except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark or loader.get_mark()
-        raise RecipeError([*loader.faults, Fault(place(mark.line, mark.column), _plain_words(error))]) from None
+        mark, words = _plain_words(error, loader.get_mark())
+        fault = Fault(place(mark.line, mark.column), words)
+        raise RecipeError([*loader.faults, fault]) from None
     except (ValueError, OverflowError):  # PyYAML hands "\UFFFFFFFF" to chr() unchecked
         mark = loader.get_mark()
-        message = "the number in this escape or directive is out of range"
-        raise RecipeError([*loader.faults, Fault(place(mark.line, mark.column), message)]) from None
+        fault = Fault(place(mark.line, mark.column), "the number in this escape or directive is out of range")
+        raise RecipeError([*loader.faults, fault]) from None
     if loader.faults:
         raise RecipeError(loader.faults)
     tree.marks[()] = place(root.start_mark.line, root.start_mark.column)
@@ -152,36 +153,51 @@ def _parse(text: str, place: Place) -> tuple[yaml.Node | None, Any, dict[Path, s
 _SYNTAX = {  # what PyYAML says -> what a person can act on; {0} is a group, {line} where the construct begins
     r"found character '\\t'": "a tab cannot indent; use spaces",
     r"found character (.+) that cannot start": "a value cannot begin with {0}; put it in quotes",
-    r"could not find expected ':'": "the text of line {line} stands where a key must, but no ': ' follows it",
-    r"mapping values are not allowed": "a ': ' cannot stand here; put the value in quotes or check the indentation",
+    r"mapping values are not allowed": "a ': ' cannot stand here; put the value in quotes or indent it",
     r"sequence entries are not allowed": "a list item '- ' cannot stand here; begin a new line for it",
     r"mapping keys are not allowed": "a '? ' cannot stand here; put the value in quotes",
-    r"expected <block end>": "this does not belong to the block of line {line}; check the indentation and quotes",
+    r"expected <block end>": "this does not fit the block of line {line}; check indentation and quotes",
     r"expected ',' or '(.)'": "a ',' or '{0}' is missing; the bracket was opened in line {line}",
-    r"unexpected (end of stream|document sep)": "the quoted text that begins in line {line} is never closed",
-    r"undefined alias '(.*)'": "no anchor &{0} stands above the alias *{0}; put the value in quotes if it is text",
+    r"undefined alias '(.*)'": "there is no anchor &{0} above; put the value in quotes if it is text",
     r"second occurrence": "this anchor was already given in line {line}; choose another name",
     r"found another document": "a file holds one recipe; remove this second document",
-    r"expected '<document start>'": "this does not belong to the recipe above; check brackets and indentation",
+    r"expected '<document start>'": "this does not fit what stands above; check brackets and indentation",
     r"expected the node content": "a value is missing here",
-    r"undefined tag handle": "tags (!name) are not allowed in a recipe; put the value in quotes if it is text",
+    r"incompatible YAML document": "only YAML 1 is read; remove the line %YAML",
+    r"undefined tag handle": "tags (!name) are not allowed; put the value in quotes if it is text",
     r"unknown escape character (.+)": "{0} after a backslash is not an escape; use single quotes",
-    r"expected escape sequence": "this escape needs more hexadecimal digits; use single quotes if none is meant",
+    r"expected escape sequence": "this escape needs more digits; use single quotes if none is meant",
 }
 
 
-def _plain_words(error: yaml.MarkedYAMLError) -> str:
-    line = error.context_mark.line + 1 if error.context_mark else 0
-    problem = str(error.problem or error.context)
+_UNFINISHED = {  # reported where the construct begins, not where PyYAML gives up
+    r"could not find expected ':'": "a key must stand here, and no ': ' follows this text",
+    r"unexpected (end of stream|document sep)": "the quoted text that begins here is never closed",
+}
+_CONSTRUCTS = {
+    "directive": "a line that begins with '%' is not allowed here; put the text in quotes",
+    "block scalar": "after '|' or '>' only '+', '-', a digit from 1 to 9 or a comment may stand in the line",
+    "alias": "'*' begins an alias, and no name of one follows; put the value in quotes",
+    "anchor": "'&' begins an anchor, and no name of one follows; put the value in quotes",
+    "tag": "'!' begins a tag, and tags are not allowed; put the value in quotes",
+}
+
+
+def _plain_words(error: yaml.MarkedYAMLError, last: yaml.Mark) -> tuple[yaml.Mark, str]:
+    mark = error.problem_mark or last
+    begin = error.context_mark or mark
+    problem, context = str(error.problem), error.context or ""
+    for pattern, words in _UNFINISHED.items():
+        if re.search(pattern, problem):
+            return begin, words
     for pattern, words in _SYNTAX.items():
         match = re.search(pattern, problem)
         if match:
-            return words.format(*match.groups(), line=line)
-    if error.context == "while scanning a directive":
-        return "a line that begins with '%' is not allowed here; put the text in quotes"
-    if error.context == "while scanning a block scalar":
-        return "after '|' or '>' only a '+' or '-', a digit from 1 to 9 or a comment may stand in the line"
-    return re.sub(r"'?<(.+?)>'?", r"\1", problem).replace("'\\x00'", "the end of the file")
+            return mark, words.format(*match.groups(), line=begin.line + 1)
+    for construct, words in _CONSTRUCTS.items():
+        if context.endswith(construct):
+            return mark, words
+    return mark, re.sub(r"'?<(.+?)>'?", r"\1", problem).replace("'\\x00'", "the end of the file")
 
 
 # ---------------------------------------------------------------- nodes to values
@@ -229,8 +245,8 @@ class _Loader(yaml.SafeLoader):
         if kind is not yaml.ScalarNode:
             return super().resolve(kind, value, implicit)
         # Quoted text is text; the first pattern that takes all of a plain scalar names its type.
-        plain = implicit[0]
-        return _TAG + next(name for name, form in _SCALARS.items() if plain and form.fullmatch(value) or name == "str")
+        forms = _SCALARS.items() if implicit[0] else ()
+        return _TAG + next((name for name, form in forms if form.fullmatch(value)), "str")
 
 
 def _fits(tag: str, node: yaml.Node | None) -> bool:
@@ -241,7 +257,8 @@ def _fits(tag: str, node: yaml.Node | None) -> bool:
 
 def _refuse_size(depth: int, nodes: int, mark: yaml.Mark) -> None:
     if depth > MAX_DEPTH:
-        raise ComposerError(None, None, f"values are nested more than {MAX_DEPTH} deep; flatten the recipe", mark)
+        message = f"values are nested more than {MAX_DEPTH} deep; flatten the recipe"
+        raise ComposerError(None, None, message, mark)
     if nodes > MAX_NODES:
         message = f"more than {MAX_NODES} values, aliases counted each time they are used; shorten the recipe"
         raise ComposerError(None, None, message, mark)
@@ -256,7 +273,7 @@ class _Tree:
         self.faults = loader.faults
         self.marks: dict[Path, str] = {}
         self.nodes = 0
-        self.open: set[int] = set()
+        self.open: set[int] = set()  # the collections being built, so its size is the depth
 
     def at(self, mark: yaml.Mark) -> str:
         return self.place(mark.line, mark.column)
@@ -266,7 +283,7 @@ class _Tree:
 
     def value(self, node: yaml.Node, path: Path) -> Any:
         self.nodes += 1
-        _refuse_size(len(path) + 1, self.nodes, node.start_mark)
+        _refuse_size(len(self.open) + 1, self.nodes, node.start_mark)
         if isinstance(node, yaml.ScalarNode):
             return self.scalar(node)
         if id(node) in self.open:
@@ -296,7 +313,7 @@ class _Tree:
         sources: list[yaml.Node] = []
         for key_node, value_node in node.value:
             self.nodes += 1
-            _refuse_size(0, self.nodes, key_node.start_mark)
+            _refuse_size(len(self.open), self.nodes, key_node.start_mark)
             key = self.key(key_node)
             if key in own:
                 first = self.at(own[key][0].start_mark)
@@ -306,7 +323,7 @@ class _Tree:
             else:
                 own[key] = key_node, value_node
         merge = own.get("<<")
-        if merge and merge[0].style is None:
+        if merge and getattr(merge[0], "style", "") is None:
             del own["<<"]
             sources = merge[1].value if isinstance(merge[1], yaml.SequenceNode) else [merge[1]]
         for source in sources:
@@ -368,16 +385,16 @@ def _override(override: str, where: str) -> tuple[list[str], Any]:
     target, equals, text = override.partition("=")
     steps = target.strip().split(".")
     if not equals or not all(steps):
-        raise RecipeError([Fault(where, "an override is written path.to.key=value")])
+        raise _refused(where, "an override is written path.to.key=value")
     if len(steps) > MAX_DEPTH:
-        raise RecipeError([Fault(where, f"a path has at most {MAX_DEPTH} steps, this one {len(steps)}")])
+        raise _refused(where, f"a path has at most {MAX_DEPTH} steps, this one has {len(steps)}")
     root, value, _ = _parse(text, lambda line, column: where)
     start, end = (root.start_mark.index, root.end_mark.index) if root else (0, 0)
-    # A comment or a document marker would be dropped silently, `color=#fff` would become null.
+    # A comment or a document marker would be dropped silently: `color=#fff` would become null.
     if text[:start].strip() or text[end:].strip():
-        raise RecipeError([Fault(where, f"not all of {_short(text)} is a value; put it in YAML quotes")])
+        raise _refused(where, f"not all of {_short(text)} is a value; put it in YAML quotes")
     if isinstance(root, yaml.CollectionNode) and not root.flow_style:
-        raise RecipeError([Fault(where, f"{_short(text)} must be written {{key: value}} or [item], or in quotes")])
+        raise _refused(where, f"{_short(text)} must be written {{key: value}} or [item], or in quotes")
     return steps, value
 
 
@@ -385,17 +402,16 @@ def _put(data: Any, steps: list[str], value: Any, where: str) -> Path:
     """Set the value in place; returns the path in the data, with list items by number."""
     path: Path = ()
     for n, step in enumerate(steps):
-        here = ".".join(steps[:n]) or "the recipe"
+        here = ".".join(steps[:n])
         last = n == len(steps) - 1
+        key: Any = step
         if isinstance(data, list):
-            key: str | int = _item(data, step, here, where)
-        elif isinstance(data, dict):
-            key = step
-            if not last and data.get(key) is None:
-                data[key] = {}
-        else:
-            message = f"{here} is {_short(data) if isinstance(data, str) else _kind(data)}, it has no key {step!r}"
-            raise RecipeError([Fault(where, message)])
+            key = _item(data, step, here, where)
+        elif not isinstance(data, dict):
+            kind = _short(data) if isinstance(data, str) else _kind(data)
+            raise _refused(where, f"{here} is {kind} and has no key {_short(step)}")
+        elif not last and data.get(key) is None:
+            data[key] = {}
         path = (*path, key)
         if last:
             data[key] = value
@@ -411,18 +427,21 @@ def _item(items: list[Any], step: str, here: str, where: str) -> int:
     if len(found) == 1:
         return found[0]
     if found:
-        numbers = " and ".join(str(index) for index in found)
-        raise RecipeError([Fault(where, f"{len(found)} items of {here} are {step!r}; use a number: {numbers}")])
+        numbers = " or ".join(str(index) for index in found)
+        raise _refused(where, f"{len(found)} items of {here} are {_short(step)}; give its number: {numbers}")
     if re.fullmatch("[0-9]{1,9}", step) and int(step) < len(items):
         return int(step)
     count = f"{here} has {len(items)} items, numbered from 0" if items else f"{here} is an empty list"
-    names = [stage for stage in stages if isinstance(stage, str)]
+    names = list(dict.fromkeys(stage for stage in stages if isinstance(stage, str)))
     if re.fullmatch("[-+]?[0-9]+", step) or not names:
-        raise RecipeError([Fault(where, f"no item {_short(step)}: {count}")])
+        raise _refused(where, f"no item {_short(step)}: {count}")
     close = difflib.get_close_matches(step, names, 1)
     hint = f"; did you mean {close[0]!r}?" if close else ""
-    named = ", ".join(dict.fromkeys(names))
-    raise RecipeError([Fault(where, f"no item {_short(step)}: {count}, with the stages {named}{hint}")])
+    raise _refused(where, f"no item {_short(step)}: {count}, with the stages {', '.join(names)}{hint}")
+
+
+def _refused(where: str, message: str) -> RecipeError:
+    return RecipeError([Fault(where, message)])
 
 
 def _existing(data: Any, path: Sequence[str | int]) -> Path:

@@ -1,1 +1,1 @@
-"""The shipped text: `prose.jsonl.gz`, documentation and book paragraphs under free licences (see PROVENANCE.md)."""
+"""The shipped text, prose.jsonl.gz: paragraphs of documentation and books; see PROVENANCE.md."""

@@ -1,0 +1,77 @@
+"""From a file name and overrides to a checked recipe."""
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from .faults import Fault, RecipeError, faults_from_validation
+from .schema import Recipe
+from .shipped import shipped_text
+from .trainer_args import SET_BY_KRONTUNE
+from .yaml12 import Document, apply_overrides, read
+
+
+def load(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
+    """Read a recipe and check all of it that needs no data.
+
+    Args:
+        path: a file, or the name of a shipped recipe, such as "quickstart".
+        overrides: "path.to.key=value", applied before the check, e.g. "stages.sft.trainer.max_steps=10".
+
+    Raises:
+        RecipeError: with every fault, each with file, line and column.
+    """
+    name, text = _find(path)
+    document = apply_overrides(read(text, name), overrides)
+    try:
+        recipe = Recipe.model_validate(document.data)
+    except ValidationError as error:
+        faults = [*_own_keys(document), *faults_from_validation(error, document, Recipe)]
+        raise RecipeError({fault.where: fault for fault in reversed(faults)}.values()) from None
+    faults = [Fault(document.where(path), message) for path, message in _order_faults(recipe)]
+    if faults:
+        raise RecipeError(faults)
+    recipe._document = document
+    return recipe
+
+
+def _find(path: str | Path) -> tuple[str, bytes | str]:
+    file = Path(path)
+    if file.is_file():
+        return str(path), file.read_bytes()
+    if file.suffix in (".yaml", ".yml") or len(file.parts) > 1:
+        raise RecipeError([Fault(str(path), f"there is no such file (looked in {Path.cwd()})")])
+    return f"{path}.yaml", shipped_text(str(path))
+
+
+def _own_keys(document: Document) -> Iterator[Fault]:
+    """Trainer keys that TRL knows and krontune sets itself: say where they belong instead of 'unknown key'."""
+    stages = document.data.get("stages")
+    for number, stage in enumerate(stages if isinstance(stages, list) else []):
+        trainer: Any = stage.get("trainer") if isinstance(stage, dict) else None
+        for key in trainer if isinstance(trainer, dict) else ():
+            if key in SET_BY_KRONTUNE:
+                where = document.where(("stages", number, "trainer", key))
+                yield Fault(where, f"{key!r} is not set under trainer: {SET_BY_KRONTUNE[key]}")
+
+
+def _order_faults(recipe: Recipe) -> Iterator[tuple[tuple[str | int, ...], str]]:
+    """What no single section can know: which stages there are, and in which order."""
+    before: list[str] = []
+    for number, stage in enumerate(recipe.stages):
+        at = ("stages", number, "stage")
+        if stage.stage in before:
+            yield at, f"a second {stage.stage} stage; a recipe has at most one of each kind"
+        if stage.stage == "sft" and stage.data == "select" and "select" not in before:
+            yield at, "the sft stage trains on what 'select' picked, and no select stage comes before it; add one, or give data"
+        if stage.stage == "sft" and stage.controls and stage.data != "select":
+            yield ("stages", number, "controls"), "a random control needs the pool of a select stage; give data: select"
+        if stage.stage == "rl" and "sft" not in before and stage.adapter is None:
+            yield at, "the rl stage continues the adapter of an sft stage, and none comes before it; add one, or give adapter"
+        if stage.stage == "rl" and "sft" in before and stage.adapter is not None:
+            yield ("stages", number, "adapter"), "the rl stage continues the sft stage's adapter; leave 'adapter' out"
+        if stage.stage == "verify" and stage.task is None and "rl" not in before:
+            yield at, "the verify stage takes its task from an rl stage, and none comes before it; give task"
+        before.append(stage.stage)

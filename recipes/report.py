@@ -1,0 +1,70 @@
+"""The end of a run on the terminal: what was selected, what was learned, and what the heuristics get."""
+
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from .chain import Run
+from .verify import verification
+
+LABELS = {"base": "base model", "sft": "after sft", "sft-random": "after sft on the random control", "rl": "after rl"}
+
+
+def print_report(run: Run) -> None:
+    console = Console()
+    stages = run.record["stages"]
+    if "select" in stages:
+        console.print(_selection(stages["select"]))
+    if "rl" in stages:
+        console.print(_reward(stages["rl"]))
+    if "verify" in stages:
+        console.print(_verification(verification(run.path)))
+    seconds = sum(stage["seconds"] for stage in stages.values())
+    console.print(f"run folder: {run.path}", soft_wrap=True, highlight=False)
+    if run.adapter.is_dir():
+        console.print(f"adapter:    {run.adapter}", soft_wrap=True, highlight=False)
+    console.print(f"time:       {seconds / 60:.1f} min in {len(stages)} stages", highlight=False)
+
+
+def _selection(select: dict[str, Any]) -> Table:
+    sources = select["sources"]
+    table = Table(title=f"select: {select['n']} of {select['pool']} rows", title_justify="left")
+    for column, justify in (("source", "left"), ("pool", "right"), ("selected", "right"), ("random control", "right")):
+        table.add_column(column, justify=justify)
+    for source in sorted(sources["pool"], key=lambda name: (-sources["selected"].get(name, 0), name))[:8]:
+        table.add_row(source, *(str(sources[part].get(source, 0)) for part in ("pool", "selected", "control")))
+    kl = select["kl_reduction"]
+    table.add_row("KL to the target, reduced by (nats)", "", f"{kl['selected']:.2f}", f"{kl['control']:.2f}")
+    return table
+
+
+def _reward(rl: dict[str, Any]) -> str:
+    first, last = rl["reward"]["first"], rl["reward"]["last"]
+    return (
+        f"rl: mean reward {first['mean']:.2f} over the first {first['steps']} steps, {last['mean']:.2f} over the last "
+        f"{last['steps']}"
+    )
+
+
+def _verification(result: dict[str, Any]) -> Table:
+    task = result["task"]
+    title = f"verify: {result['instances']} held-out {task['name']} instances, n {task['n'][0]} to {task['n'][1]}; 95 % intervals"
+    table = Table(title=title, title_justify="left")
+    table.add_column("")
+    for column in ("answer", "certificate", "gap", "parse failures"):
+        table.add_column(column, justify="right")
+    for name, scores in result["models"].items():
+        table.add_row(LABELS.get(name, name), *_cells(scores), style="bold" if name != "base" else None)
+    table.add_section()
+    for name, scores in result["heuristics"].items():
+        table.add_row(f"heuristic: {name.replace('_', ' ')}", *_cells(scores))
+    return table
+
+
+def _cells(scores: dict[str, Any]) -> list[str]:
+    return [_rate(scores[key]) for key in ("answer", "certificate", "gap", "parse_failure")]
+
+
+def _rate(rate: dict[str, float]) -> str:
+    return f"{rate['value']:.2f} [{rate['low']:.2f}, {rate['high']:.2f}]"

@@ -1,0 +1,44 @@
+"""The rl stage: GRPO with a verifiable reward, continuing the adapter, through TRL."""
+
+from typing import Any
+
+from trl import GRPOConfig
+
+from ..rl import CertificateReward, CertificateTask, get_task
+from ..rl.trainer import DenseRolloutGRPOTrainer
+from .progress import Report
+from .run_folder import RunFolder
+from .schema import Recipe, Rl, Task
+from .training import ADAPTER, new_adapter, saved_adapter, train, trainer_arguments
+
+
+def make_task(task: Task) -> CertificateTask:
+    return get_task(task.name, values=tuple(task.values))
+
+
+def run_rl(recipe: Recipe, stage: Rl, run: RunFolder) -> None:
+    """Train on fresh instances of the task's train split; every completion is judged by the task's own check."""
+    folder = run.begin("rl")
+    task = make_task(stage.task)
+    if stage.adapter is None:
+        model, tokenizer = saved_adapter(recipe, run.path / "sft" / ADAPTER)
+    else:
+        model, tokenizer = new_adapter(recipe, stage.adapter)
+    trainer = DenseRolloutGRPOTrainer(
+        model=model,
+        args=GRPOConfig(**trainer_arguments(recipe, stage.trainer, folder)),
+        reward_funcs=[CertificateReward(task, stage.reward)],
+        train_dataset=task.dataset(stage.instances, stage.task.n, recipe.seed, "train"),
+        processing_class=tokenizer,
+        callbacks=[Report("rl", run, shown=("reward", f"{task.name}/certificate_accuracy"))],
+        dense_rollouts=recipe.base.dense_generation,
+    )
+    train(trainer, run, "rl", folder, tokenizer, reward=lambda: _reward_change(run))
+
+
+def _reward_change(run: RunFolder) -> dict[str, Any]:
+    """Mean reward over the first and the last quarter of the logged steps."""
+    rewards = [line["reward"] for line in run.metrics("rl") if "reward" in line]
+    quarter = max(1, len(rewards) // 4)
+    parts = {"first": rewards[:quarter], "last": rewards[-quarter:]}
+    return {name: {"steps": len(part), "mean": sum(part) / max(1, len(part))} for name, part in parts.items()}

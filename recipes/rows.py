@@ -1,0 +1,116 @@
+"""From the sources of a recipe to rows, and from rows to tokens with the trained ones marked."""
+
+import gzip
+import hashlib
+import json
+from collections.abc import Iterable, Iterator
+from importlib.resources import files
+from typing import Any
+
+from ..data_selection import DataSelectionError
+from ..data_selection.texts import read_rows, row_text
+from ..rl.tasks.worked import worked_examples
+from .schema import Puzzles, Shipped, Source
+
+Row = dict[str, Any]
+
+
+def read_sources(sources: Iterable[Source], name: str) -> list[Row]:
+    """All rows of the sources, in order; each has `text`, or `messages`, or `prompt` and `completion`.
+
+    Raises:
+        DataSelectionError: a file is missing or a row of it cannot be read; file and line are named.
+    """
+    return [row for source in sources for row in _rows(source, name)]
+
+
+def _rows(source: Source, name: str) -> Iterator[Row]:
+    if isinstance(source, Shipped):
+        with (files("krontune.recipes.data") / "prose.jsonl.gz").open("rb") as file:
+            for line in gzip.open(file):
+                yield json.loads(line)
+    elif isinstance(source, Puzzles):
+        for kind in source.puzzles:
+            for puzzle in worked_examples(kind, source.size, source.seed, source.n, source.split):
+                yield {
+                    "prompt": [{"role": "user", "content": puzzle["prompt"]}],
+                    "completion": [{"role": "assistant", "content": puzzle["completion"]}],
+                    "source": kind,
+                }
+    else:
+        for row, where in read_rows(source, name):
+            row_text(row, where)
+            yield {"source": source, **row}
+
+
+def fingerprint(rows: Iterable[Row]) -> str:
+    """SHA-256 of the rows, in order."""
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(json.dumps(row, sort_keys=True, default=str).encode() + b"\n")
+    return digest.hexdigest()
+
+
+def tokenize(row: Row, tokenizer: Any) -> dict[str, list[int]]:
+    """`input_ids` and `labels`, -100 where nothing is learned.
+
+    - `text`: all of it, and the end of sequence.
+    - `prompt` and `completion`: the completion, and the end of sequence. Both are strings, joined as they are, or both
+      lists of chat messages, rendered with the model's chat template.
+    - `messages`: what the assistant says, rendered with the chat template.
+
+    Raises:
+        DataSelectionError: the row is of none of these forms, or needs a chat template that the tokenizer lacks.
+    """
+    if isinstance(row.get("text"), str):
+        ids = _encode(row["text"] + _end(tokenizer), tokenizer)
+        return {"input_ids": ids, "labels": list(ids)}
+    if "messages" in row:
+        return _tokenize_chat(row["messages"], tokenizer)
+    prompt, completion = row.get("prompt"), row.get("completion")
+    if isinstance(prompt, str) and isinstance(completion, str):
+        start, rest = _encode(prompt, tokenizer), _encode(completion + _end(tokenizer), tokenizer)
+        return {"input_ids": start + rest, "labels": [-100] * len(start) + rest}
+    if isinstance(prompt, list) and isinstance(completion, list):
+        return _tokenize_chat([*prompt, *completion], tokenizer, trained_from=len(prompt))
+    raise DataSelectionError(
+        f"a row with the columns {sorted(row)} cannot be trained on: give 'text', or 'messages', or 'prompt' and "
+        "'completion' that are both strings or both lists of messages"
+    )
+
+
+def _tokenize_chat(messages: list[Row], tokenizer: Any, trained_from: int = 0) -> dict[str, list[int]]:
+    if tokenizer.chat_template is None:
+        raise DataSelectionError(
+            "the data holds chat messages and the model's tokenizer has no chat template; take the model's instruct "
+            "version, or give 'text' or string 'prompt' and 'completion'"
+        )
+    ids: list[int] = []
+    labels: list[int] = []
+    for number, message in enumerate(messages):
+        if message["role"] != "assistant" or number < trained_from:
+            continue
+        start = _render(messages[:number], tokenizer, add_generation_prompt=True)
+        whole = _render(messages[: number + 1], tokenizer)
+        if whole[: len(start)] != start or start[: len(ids)] != ids:
+            raise DataSelectionError(
+                "the model's chat template rewrites earlier turns when a later one is added, so the assistant's tokens "
+                "cannot be told from the rest; give rows with 'prompt' and 'completion' of one turn each"
+            )
+        labels += [-100] * (len(start) - len(labels)) + whole[len(start) :]
+        ids = whole
+    if not ids:
+        raise DataSelectionError(f"no message of the row is the assistant's, so nothing is learned: {messages!r:.200}")
+    return {"input_ids": ids, "labels": labels}
+
+
+def _render(messages: list[Row], tokenizer: Any, add_generation_prompt: bool = False) -> list[int]:
+    return tokenizer.apply_chat_template(messages, add_generation_prompt=add_generation_prompt, return_dict=False)
+
+
+def _encode(text: str, tokenizer: Any) -> list[int]:
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def _end(tokenizer: Any) -> str:
+    return tokenizer.eos_token or ""

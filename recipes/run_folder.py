@@ -1,0 +1,163 @@
+"""The run folder: what was asked, what was done, and where a cut run continues."""
+
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+import subprocess
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ..data_selection.selection import write_atomic
+from .schema import Recipe
+
+PACKAGES = ("krontune", "torch", "transformers", "peft", "trl", "accelerate", "bitsandbytes", "datasets", "numpy")
+
+
+class RunError(RuntimeError):
+    """A run cannot begin or go on; the message says why, what is kept and what to do."""
+
+
+class WrongFolder(RunError):
+    """The run folder belongs to something else; nothing in it was changed."""
+
+
+class RunFolder:
+    """`recipe.yaml` as resolved, `run.json`, `metrics.jsonl`, and one folder a stage with a marker `done`.
+
+    The marker is written last and at once, so a stage is either done or begins again.
+
+    Raises:
+        WrongFolder: the folder holds another recipe, or other files, or another run is writing to it.
+    """
+
+    def __init__(self, path: str | Path, recipe: Recipe) -> None:
+        self.path = Path(path)
+        text = yaml.safe_dump(recipe.model_dump(exclude_unset=True), sort_keys=False, allow_unicode=True)
+        self._refuse_other(text)
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._lock = _lock(self.path)
+        if not (self.path / "recipe.yaml").is_file():
+            write_atomic(self.path / "recipe.yaml", text.encode())
+        self.record: dict[str, Any] = {"name": recipe.name, "seed": recipe.seed, "stages": {}, "data": {}}
+        if (self.path / "run.json").is_file():
+            self.record = json.loads((self.path / "run.json").read_text())
+        self.record.update(_environment(), recipe_sha256=hashlib.sha256(text.encode()).hexdigest())
+        self._write_record()
+
+    def _refuse_other(self, text: str) -> None:
+        kept = self.path / "recipe.yaml"
+        if kept.is_file():
+            if kept.read_text() != text:
+                raise WrongFolder(
+                    f"{self.path} holds a run of another recipe, or of this one with other values "
+                    f"({_first_difference(kept.read_text(), text)}). Nothing was changed. Give another folder with "
+                    "--out, or delete this one."
+                )
+        elif self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+            raise WrongFolder(f"{self.path} exists and is not a run folder. Nothing was changed; give another with --out.")
+
+    def close(self) -> None:
+        os.close(self._lock)
+
+    def is_done(self, stage: str) -> bool:
+        return (self.path / stage / "done").is_file()
+
+    def begin(self, stage: str) -> Path:
+        """An empty folder for the stage; what an earlier, cut attempt left is removed."""
+        folder = self.path / stage
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        metrics = self.path / "metrics.jsonl"
+        if metrics.is_file():
+            lines = [line for line in metrics.read_text().splitlines() if _stage_of(line) not in (stage, None)]
+            write_atomic(metrics, "".join(f"{line}\n" for line in lines).encode())
+        self._started = time.monotonic()
+        return folder
+
+    def finish(self, stage: str, **facts: Any) -> None:
+        """Record what the stage did, then mark it as done."""
+        seconds = round(time.monotonic() - self._started, 1)
+        self.record["stages"][stage] = {"seconds": seconds, **facts}
+        self._write_record()
+        write_atomic(self.path / stage / "done", json.dumps({"finished": _now(), "seconds": seconds}).encode())
+
+    def log(self, stage: str, step: int, metrics: dict[str, Any]) -> None:
+        line = json.dumps({"stage": stage, "step": step, **metrics}, default=str)
+        with (self.path / "metrics.jsonl").open("a") as file:
+            file.write(line + "\n")
+
+    def metrics(self, stage: str) -> list[dict[str, Any]]:
+        file = self.path / "metrics.jsonl"
+        lines = file.read_text().splitlines() if file.is_file() else []
+        return [json.loads(line) for line in lines if _stage_of(line) == stage]
+
+    def add_data(self, name: str, **facts: Any) -> None:
+        self.record["data"][name] = facts
+        self._write_record()
+
+    def _write_record(self) -> None:
+        write_atomic(self.path / "run.json", json.dumps(self.record, indent=2).encode())
+
+
+def _stage_of(line: str) -> str | None:
+    """The stage of a metrics line; None for a line that was cut while it was written."""
+    try:
+        return json.loads(line)["stage"]
+    except (ValueError, KeyError):
+        return None
+
+
+def _lock(folder: Path) -> int:
+    """Held until the process ends, however it ends."""
+    handle = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT)
+    try:
+        import fcntl
+
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except ImportError:  # not on Windows
+        pass
+    except OSError:
+        os.close(handle)
+        raise WrongFolder(f"another krontune is running in {folder}; wait for it, or give another folder with --out") from None
+    return handle
+
+
+def _first_difference(old: str, new: str) -> str:
+    pairs = zip([*old.splitlines(), ""], [*new.splitlines(), ""], strict=False)
+    was, now = next(((a, b) for a, b in pairs if a != b), ("", ""))
+    return f"{was.strip() or 'nothing'!r} there, {now.strip() or 'nothing'!r} now"
+
+
+def _environment() -> dict[str, Any]:
+    versions = {}
+    for package in PACKAGES:
+        versions[package] = importlib.metadata.version(package)
+    return {
+        "last_started": _now(),
+        "versions": {"python": platform.python_version(), **versions},
+        "machine": {"system": platform.platform(), "processor": platform.machine(), "cpus": os.cpu_count()},
+        "git": _git(),
+    }
+
+
+def _git() -> dict[str, Any] | None:
+    """Commit of the working directory's repository, and whether it has uncommitted changes."""
+    try:
+        commit, status = (
+            subprocess.run(["git", *arguments], capture_output=True, text=True, check=True, timeout=10).stdout
+            for arguments in (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no"])
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return {"commit": commit.strip(), "dirty": bool(status.strip())}
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")

@@ -1,0 +1,33 @@
+"""The sft stage: supervised fine-tuning of a fresh adapter on the selection, through TRL."""
+
+from datasets import Dataset
+from trl import SFTConfig, SFTTrainer
+
+from .rows import Row, read_sources, tokenize
+from .progress import Report
+from .run_folder import RunFolder
+from .schema import Recipe, Sft
+from .select import selected_rows
+from .training import new_adapter, train, trainer_arguments
+
+
+def run_sft(recipe: Recipe, stage: Sft, run: RunFolder, control: str | None = None) -> None:
+    """Train on the stage's data, or, as `control` "random", on an equally large random pick, otherwise alike."""
+    name = f"sft-{control}" if control else "sft"
+    folder = run.begin(name)
+    rows = _rows(stage, run, control)
+    model, tokenizer = new_adapter(recipe, stage.adapter)
+    trainer = SFTTrainer(
+        model=model,
+        args=SFTConfig(**trainer_arguments(recipe, stage.trainer, folder)),
+        train_dataset=Dataset.from_list([tokenize(row, tokenizer) for row in rows]),
+        processing_class=tokenizer,
+        callbacks=[Report(name, run, shown=("loss",))],
+    )
+    train(trainer, run, name, folder, tokenizer)
+
+
+def _rows(stage: Sft, run: RunFolder, control: str | None) -> list[Row]:
+    if isinstance(stage.data, str):
+        return selected_rows(run, control=control == "random")
+    return read_sources(stage.data, "data")

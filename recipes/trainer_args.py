@@ -1,0 +1,58 @@
+"""The `trainer:` sections: every field of TRL's SFTConfig and GRPOConfig, typed, without instantiating them.
+
+The classes themselves cannot check a recipe: they start the accelerator, and stop at the first fault.
+"""
+
+import dataclasses
+import enum
+import types
+from typing import Any, Union, get_args, get_origin, get_type_hints
+
+from pydantic import BaseModel, ConfigDict, Field, create_model
+from trl import GRPOConfig, SFTConfig
+
+# What krontune decides from elsewhere in the recipe or from the machine, so that one setting has one place.
+SET_BY_KRONTUNE = {
+    "output_dir": "the run folder is given with --out",
+    "seed": "the key 'seed' of the recipe sets it",
+    "data_seed": "the key 'seed' of the recipe sets it",
+    "use_cpu": "the machine decides: an accelerator is used where there is one",
+    "disable_tqdm": "krontune prints its own progress line",
+    "model_init_kwargs": "the section 'base' of the recipe says how the model is loaded",
+    "push_to_hub": "a run is kept in its folder; nothing is pushed during training",
+    "save_strategy": "a stage saves its adapter when it is done",
+    "resume_from_checkpoint": "a stage that was cut begins again by itself",
+    "remove_unused_columns": "krontune prepares the columns",
+}
+
+
+def _section(name: str, config_class: Any) -> type[BaseModel]:
+    hints = get_type_hints(config_class)
+    fields: dict[str, Any] = {
+        f.name: (_plain(hints[f.name]), Field(None, description=f.metadata.get("help")))
+        for f in dataclasses.fields(config_class)
+        if f.init and f.name not in SET_BY_KRONTUNE and not f.name.startswith("hub_")
+    }
+    config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+    return create_model(name, __config__=config, __doc__=f"Any field of trl.{config_class.__name__}.", **fields)
+
+
+def _plain(hint: Any) -> Any:
+    """The same type without classes that YAML cannot hold: enums are given by their value, objects not at all."""
+    if isinstance(hint, type) and issubclass(hint, enum.Enum):
+        return str
+    if get_origin(hint) in (Union, types.UnionType):
+        members = [_plain(member) for member in get_args(hint)]
+        return Union[tuple(m for m in members if m is not None)]  # noqa: UP007 - built at run time
+    if hint in (bool, int, float, str, type(None), Any) or get_origin(hint) is not None or hint in (dict, list):
+        return hint
+    return None
+
+
+SftTrainerArgs = _section("SftTrainerArgs", SFTConfig)
+GrpoTrainerArgs = _section("GrpoTrainerArgs", GRPOConfig)
+
+
+def given(section: BaseModel) -> dict[str, Any]:
+    """The keys that the recipe states, as keyword arguments of the configuration class."""
+    return section.model_dump(exclude_unset=True)

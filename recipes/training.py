@@ -1,0 +1,64 @@
+"""What the sft and rl stages share: base and adapter, and arguments of TRL's trainers."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel, get_peft_model
+from transformers import PrinterCallback, Trainer, set_seed
+
+from ..adapters import MokaConfig, load_base
+from .run_folder import RunFolder
+from .schema import Adapter, BaseModelSection, Recipe
+from .trainer_args import given
+
+ADAPTER = "adapter"
+
+
+def load_recipe_base(base: BaseModelSection) -> tuple[Any, Any]:
+    return load_base(
+        base.model, base.quantization, revision=base.revision, trust_remote_code=base.trust_remote_code
+    )
+
+
+def new_adapter(recipe: Recipe, adapter: Adapter) -> tuple[PeftModel, Any]:
+    """The base with a fresh adapter, and the tokenizer."""
+    model, tokenizer = load_recipe_base(recipe.base)
+    set_seed(recipe.seed)
+    return get_peft_model(model, moka_config(adapter)), tokenizer
+
+
+def saved_adapter(recipe: Recipe, folder: Path) -> tuple[PeftModel, Any]:
+    """The base with a saved adapter, ready to be trained on, and the tokenizer."""
+    model, tokenizer = load_recipe_base(recipe.base)
+    set_seed(recipe.seed)
+    return PeftModel.from_pretrained(model, str(folder), is_trainable=True), tokenizer
+
+
+def moka_config(adapter: Adapter) -> MokaConfig:
+    return MokaConfig(task_type="CAUSAL_LM", **adapter.model_dump(exclude={"method"}, exclude_unset=True))
+
+
+def trainer_arguments(recipe: Recipe, trainer: Any, folder: Path) -> dict[str, Any]:
+    """Keyword arguments of SFTConfig or GRPOConfig: the recipe's, and those that krontune sets."""
+    return {
+        **given(trainer),
+        "output_dir": str(folder / "trainer"),
+        "seed": recipe.seed,
+        "use_cpu": not torch.accelerator.is_available(),
+        "disable_tqdm": True,
+        "save_strategy": "no",
+    }
+
+
+def train(trainer: Trainer, run: RunFolder, stage: str, folder: Path, tokenizer: Any, **facts: Callable[[], Any]) -> None:
+    """Train, save the adapter, and mark the stage as done; `facts` are called then and recorded with it."""
+    trainer.remove_callback(PrinterCallback)
+    trainer.train()
+    model: Any = trainer.model
+    model.save_pretrained(str(folder / ADAPTER))
+    tokenizer.save_pretrained(str(folder / ADAPTER))
+    trained, total = model.get_nb_trainable_parameters()
+    found = {name: fact() for name, fact in facts.items()}
+    run.finish(stage, steps=trainer.state.global_step, trainable_parameters=trained, parameters=total, **found)

@@ -1,0 +1,62 @@
+"""The verify stage: every model of the run on the same held-out instances, beside the known heuristics."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel
+
+from ..data_selection.selection import write_atomic
+from ..rl import heuristic_table, score
+from ..rl.generation import generate
+from .progress import Progress
+from .rl import make_task
+from .run_folder import RunFolder
+from .schema import Recipe, Verify
+from .training import ADAPTER, load_recipe_base
+
+RESULT = "verify.json"
+
+
+def run_verify(recipe: Recipe, stage: Verify, run: RunFolder, adapters: list[str]) -> None:
+    """Score the base and the adapters of these stages; answers are kept in one file a model."""
+    folder = run.begin("verify")
+    settings = stage.task or recipe.stage("rl").task
+    task = make_task(settings)
+    instances = task.instances(stage.instances, settings.n, stage.seed, "test")
+    prompts = [task.prompt(instance) for instance in instances]
+    base, tokenizer = load_recipe_base(recipe.base)
+
+    models = {}
+    for name in ["base", *adapters]:
+        model = base if name == "base" else PeftModel.from_pretrained(base, str(run.path / name / ADAPTER))
+        progress = Progress(f"verify {name}", len(prompts), "answer")
+        answers = generate(
+            model,
+            tokenizer,
+            prompts,
+            max_new_tokens=stage.max_new_tokens,
+            batch_size=stage.batch_size,
+            dense=recipe.base.dense_generation,
+            on_batch=progress.update,
+        )
+        progress.close()
+        if isinstance(model, PeftModel):
+            model.unload()  # gives the base its own layers back
+        rows = [{"instance": task.to_json(i), "answer": a} for i, a in zip(instances, answers, strict=True)]
+        _write_lines(folder / f"{name}.jsonl", rows)
+        models[name] = score(task, instances, answers).to_dict()
+
+    heuristics = {name: result.to_dict() for name, result in heuristic_table(task, instances).items()}
+    result = {"task": settings.model_dump(), "instances": len(instances), "models": models, "heuristics": heuristics}
+    write_atomic(folder / RESULT, json.dumps(result, indent=2).encode())
+    run.finish("verify", certificate={name: value["certificate"]["value"] for name, value in models.items()})
+
+
+def verification(run_path: Path) -> dict[str, Any]:
+    """What the verify stage wrote."""
+    return json.loads((run_path / "verify" / RESULT).read_text())
+
+
+def _write_lines(path: Path, rows: list[dict[str, Any]]) -> None:
+    write_atomic(path, "".join(json.dumps(row) + "\n" for row in rows).encode())

@@ -1,0 +1,140 @@
+"""The command line. Nothing heavy is imported before a verb needs it."""
+
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+WRONG_RECIPE, FAILED_RUN = 2, 1
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Make a 4-bit language model better at something: select data, train a small adapter, reinforce, verify.",
+)
+
+RecipeName = Annotated[str, typer.Argument(help="A recipe file, or the name of a shipped recipe.")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(help="path.to.key=value, e.g. stages.sft.trainer.max_steps=10", metavar="[KEY=VALUE]...")
+]
+Traceback = Annotated[bool, typer.Option("--traceback", help="Print the whole traceback of an error.")]
+
+
+@app.callback(invoke_without_command=True)
+def _version(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    if version:
+        from . import __version__
+
+        typer.echo(f"krontune {__version__}")
+        raise typer.Exit
+
+
+@app.command()
+def check(recipe: RecipeName, overrides: Overrides = None, show_traceback: Traceback = False) -> None:
+    """Find every fault of a recipe that shows without training."""
+
+    def body() -> None:
+        from . import recipes
+
+        loaded = recipes.load(recipe, overrides or ())
+        faults = recipes.check(loaded)
+        if faults:
+            raise recipes.RecipeError(faults)
+        typer.echo(f"{recipe}: no faults; stages: {', '.join(stage.stage for stage in loaded.stages)}")
+
+    _guarded(body, show_traceback)
+
+
+@app.command()
+def run(
+    recipe: RecipeName,
+    overrides: Overrides = None,
+    out: Annotated[Path | None, typer.Option("--out", help="Run folder (default: runs/<name of the recipe>).")] = None,
+    show_traceback: Traceback = False,
+) -> None:
+    """Run a recipe; run it again to go on where it was cut."""
+
+    def body() -> None:
+        from . import recipes
+        from .recipes.report import print_report
+
+        finished = recipes.run(recipes.load(recipe, overrides or ()), out, say=typer.echo)
+        print_report(finished)
+
+    _guarded(body, show_traceback)
+
+
+@app.command("recipes")
+def list_recipes() -> None:
+    """List the shipped recipes."""
+    from .recipes.shipped import shipped
+
+    for name, description in shipped().items():
+        typer.echo(f"{name}: {description}")
+
+
+@app.command()
+def copy(
+    name: Annotated[str, typer.Argument(help="A shipped recipe.")],
+    to: Annotated[Path | None, typer.Argument(help="The new file (default: NAME.yaml here).")] = None,
+) -> None:
+    """Copy a shipped recipe, to be edited."""
+
+    def body() -> None:
+        from .recipes.shipped import copy_recipe
+
+        typer.echo(f"wrote {copy_recipe(name, to or Path(f'{name}.yaml'))}")
+
+    _guarded(body, show_traceback=False)
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON schema of recipes, for editors."""
+    from .recipes.json_schema import recipe_schema
+
+    typer.echo(recipe_schema(), nl=False)
+
+
+def _guarded(body: Callable[[], Any], show_traceback: bool) -> None:
+    """One clear message and an exit code for whatever goes wrong: 2 for a wrong recipe, 1 for a failed run."""
+    _quiet()
+    try:
+        body()
+    except KeyboardInterrupt:
+        _fail("interrupted; what is finished is kept, run the same command to go on", FAILED_RUN, show_traceback)
+    except Exception as error:
+        from .recipes.errors import explain
+
+        message, wrong_recipe = explain(error)
+        _fail(message, WRONG_RECIPE if wrong_recipe else FAILED_RUN, show_traceback)
+
+
+def _fail(message: str, code: int, show_traceback: bool) -> None:
+    if show_traceback:
+        traceback.print_exc()
+    typer.echo(message, err=True)
+    sys.exit(code)
+
+
+def _quiet() -> None:
+    """Keep the libraries' own progress bars and advice off the terminal; errors still show."""
+    import logging
+    import os
+    import warnings
+
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", category=DeprecationWarning)
+
+
+def main() -> None:
+    app()
