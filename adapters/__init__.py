@@ -5,6 +5,7 @@ Importing this package registers MoKA with PEFT, so that `PeftModel.from_pretrai
 
 from .base import BaseModelError, load_base
 from .config import AdapterError, MokaConfig
+from .dense import dense_weights
 from .export import export_merged
 from .layer import MokaLayer, MokaLinear
 from .model import MokaModel
@@ -19,6 +20,8 @@ __all__ = [
     "MokaLayer",
     "MokaLinear",
     "MokaModel",
+    "dense_weights",
     "export_merged",
     "load_base",
+    "register",
 ]

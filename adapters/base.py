@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import nn
 
-from .embedded import HUB_ID, NAME, PACKAGE, embedded_checkpoint
+from .embedded import HUB_ID, NAME, PACKAGE, cache_folder, embedded_checkpoint
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -117,10 +117,10 @@ def keep_trainable_layout(model: nn.Module) -> None:
     On processors with AVX512_BF16, bitsandbytes repacks the weight in place at the first forward without gradients,
     and never back: from then on a training forward gives its input no gradient, and de-quantising gives noise.
     """
-    import bitsandbytes as bnb
+    from bitsandbytes.nn.modules import Linear4bit
 
     for module in model.modules():
-        if isinstance(module, bnb.nn.Linear4bit):
+        if isinstance(module, Linear4bit):
             module.support_avx512bf16_for_cpu = False
 
 
@@ -172,6 +172,11 @@ def _explain(model: str | Path, source: str, error: Exception) -> str:
         return f"model folder {source!r} does not exist"
     if _is_folder(source) and not (Path(source) / "config.json").is_file():
         return f"model folder {source!r} does not hold a model: it has no config.json"
+    if source == NAME:
+        return (
+            f"model {NAME!r}: its embedded copy cannot be unpacked into {str(cache_folder())!r}: {reason} Unpacking "
+            "needs the package gguf and about 300 MB in that folder, which XDG_CACHE_HOME moves."
+        )
     if isinstance(error, ImportError):
         return f"model {str(model)!r} cannot be loaded: a package is missing. {reason}"
     if isinstance(error, ValueError):

@@ -84,7 +84,8 @@ class MokaConfig(PeftConfig):
                 raise AdapterError(f"{name} must be a positive whole number of Kronecker products, got {value!r}")
         if not isinstance(self.n_shapes, int) or isinstance(self.n_shapes, bool) or self.n_shapes < 1:
             raise AdapterError(f"n_shapes must be a whole number of at least 1, got {self.n_shapes!r}")
-        for name, value in {"alpha": self.alpha, **{f"alpha_pattern[{k!r}]": v for k, v in self.alpha_pattern.items()}}.items():
+        alphas = {f"alpha_pattern[{k!r}]": v for k, v in self.alpha_pattern.items()}
+        for name, value in {"alpha": self.alpha, **alphas}.items():
             if not isinstance(value, (int, float)) or not 0.0 < value < inf:
                 raise AdapterError(f"{name} must be a positive number, got {value!r}")
         if self.gate not in ("softmax", "none"):
@@ -106,10 +107,10 @@ class MokaConfig(PeftConfig):
 
     def _check_shapes(self, shapes: object) -> None:
         pairs = list(shapes) if isinstance(shapes, (list, tuple)) else []
-        whole = all(isinstance(p, (list, tuple)) and len(p) == 2 and all(isinstance(n, int) and n > 0 for n in p) for p in pairs)
-        if not pairs or not whole:
+        fit = [isinstance(pair, (list, tuple)) and len(pair) == 2 for pair in pairs]
+        if not pairs or not all(fit) or not all(isinstance(n, int) and n > 0 for pair in pairs for n in pair):
             raise AdapterError(f"shapes must be 'balanced' or a list of (a_out, a_in) pairs, got {shapes!r}")
         if len(pairs) > self.r:
             raise AdapterError(
-                f"shapes lists {len(pairs)} shapes, and r={self.r} products cannot fill them; raise r or list fewer shapes"
+                f"shapes lists {len(pairs)} shapes, and r={self.r} products cannot fill them; raise r or list fewer"
             )

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
+from typing import cast
 
 import torch
 from peft.utils import resolve_quantization_backend
@@ -27,14 +28,14 @@ def dense_weights(model: nn.Module, dtype: torch.dtype = torch.bfloat16) -> Iter
     try:
         for module in swapped:
             weight = _dense_weight(module).to(dtype)
-            bias = module.get_base_layer().bias if isinstance(module, MokaLayer) else module.bias
-            module.forward = partial(_linear, weight, bias)  # an instance attribute, in front of the class's method
+            bias = cast(nn.Linear, module.get_base_layer() if isinstance(module, MokaLayer) else module).bias
+            vars(module)["forward"] = partial(_linear, weight, bias)  # in front of the class's method
         yield
     finally:
         for module, forward in zip(swapped, own, strict=True):
             vars(module).pop("forward", None)
             if forward is not None:
-                module.forward = forward
+                vars(module)["forward"] = forward
 
 
 def _is_swappable(name: str, module: nn.Module) -> bool:
@@ -49,13 +50,11 @@ def _is_swappable(name: str, module: nn.Module) -> bool:
 
 @torch.no_grad()
 def _dense_weight(module: nn.Module) -> torch.Tensor:
-    if not isinstance(module, MokaLayer):
-        return resolve_quantization_backend(module).get_base_weight(module)
-    weight = module.get_base_weight().float()
-    for adapter in module.active_adapters:
-        if adapter in module.moka_A:
-            weight = weight + module.get_delta_weight(adapter).to(weight.device)
-    return weight
+    if isinstance(module, MokaLayer):
+        return module.adapted_weight()
+    backend = resolve_quantization_backend(module)
+    assert backend is not None
+    return backend.get_base_weight(module)
 
 
 def _linear(weight: torch.Tensor, bias: torch.Tensor | None, x: torch.Tensor) -> torch.Tensor:

@@ -46,7 +46,7 @@ def _dequantise(gguf: Path, folder: Path) -> None:
     )
     # transformers refuses to save a model that came from GGUF, so its weights go into a plain one.
     config = packed.config.__class__(**{k: v for k, v in packed.config.to_dict().items() if k != "quantization_config"})
-    model = packed.__class__(config).to(torch.bfloat16)
+    model = packed.__class__(config).to(dtype=torch.bfloat16)  # pyright: ignore[reportCallIssue]
     model.load_state_dict(packed.state_dict())
     model.generation_config = packed.generation_config
     tokenizer = AutoTokenizer.from_pretrained(**source)

@@ -64,15 +64,15 @@ def _load_adapter(folder: Path, quantization: Quantization | None, dtype: torch.
         raise AdapterError(f"{str(folder)!r} holds no adapter_config.json; give the folder that save_pretrained wrote")
     name = PeftConfig.from_pretrained(str(folder)).base_model_name_or_path
     if not name:
-        raise AdapterError(f"{str(folder)!r} does not say which base model it belongs to; pass the loaded model instead")
+        raise AdapterError(f"{str(folder)!r} does not say which base model it belongs to; pass the loaded model")
     base, tokenizer = load_base(name, quantization, dtype=dtype)
     return PeftModel.from_pretrained(base, str(folder)), tokenizer
 
 
 def _check_layers(base: nn.Module) -> None:
-    layers = [module for module in base.modules() if isinstance(module, BaseTunerLayer)]
-    others = {type(layer).__name__ for layer in layers if not isinstance(layer, MokaLayer)}
-    if others:
+    adapted = [module for module in base.modules() if isinstance(module, BaseTunerLayer)]
+    layers = [layer for layer in adapted if isinstance(layer, MokaLayer)]
+    if others := {type(layer).__name__ for layer in adapted if not isinstance(layer, MokaLayer)}:
         raise AdapterError(f"adapters that are not MoKA's stand in the model, merge them first: {sorted(others)}")
     if not any(not layer.disable_adapters and set(layer.active_adapters) & set(layer.moka_A) for layer in layers):
         raise AdapterError("the model has no active MoKA adapter to merge; load one with PeftModel.from_pretrained")
@@ -91,11 +91,7 @@ def _merged_state(base: nn.Module, dtype: torch.dtype) -> dict[str, torch.Tensor
     state: dict[str, torch.Tensor] = {}
     for name, module in _plain_modules(base):
         if isinstance(module, MokaLayer):
-            weight = module.get_base_weight().float()
-            for adapter in module.active_adapters:
-                if adapter in module.moka_A:
-                    weight = weight + module.get_delta_weight(adapter).to(weight.device)
-            state[f"{name}.weight"] = weight.to(dtype)
+            state[f"{name}.weight"] = module.adapted_weight().to(dtype)
             continue
         backend = resolve_quantization_backend(module)
         for key, value in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:

@@ -35,7 +35,7 @@ def balanced_shapes(n_out: int, n_in: int, n_shapes: int) -> list[tuple[int, int
     >>> balanced_shapes(576, 576, 3)
     [(24, 24), (18, 32), (32, 18)]
     >>> balanced_shapes(7, 13, 3)  # primes leave nothing but rank one
-    [(1, 13), (7, 1)]
+    [(7, 1), (1, 13)]
     """
     if min(n_out, n_in, n_shapes) < 1:
         raise ValueError(f"n_out, n_in and n_shapes must be positive, got {n_out}, {n_in} and {n_shapes}")

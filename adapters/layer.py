@@ -3,7 +3,7 @@
 import copy
 import math
 import warnings
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check_adapters_to_merge
@@ -57,7 +57,10 @@ class MokaLayer(BaseTunerLayer):
         self.merged_adapters: list[str] = []
         self._packed_base: dict[str, Any] | None = None
         self.cast_input_dtype_enabled = True
-        self.in_features, self.out_features = _get_in_out_features(self.get_base_layer())
+        in_features, out_features = _get_in_out_features(self.get_base_layer())
+        if in_features is None or out_features is None:
+            raise AdapterError(f"the size of a {type(self.get_base_layer()).__name__} is not known; leave it out")
+        self.in_features, self.out_features = in_features, out_features
 
     def update_layer(
         self,
@@ -88,31 +91,45 @@ class MokaLayer(BaseTunerLayer):
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
     def _initialise(self, adapter_name: str, zero_b: bool) -> None:
-        for a, b in zip(self.moka_A[adapter_name], self.moka_B[adapter_name], strict=True):
+        for a, b in zip(*self.stacks(adapter_name), strict=True):
             _kaiming_uniform(a)
             if zero_b:
                 nn.init.zeros_(b)
             else:
                 _kaiming_uniform(b)
 
+    def stacks(self, adapter_name: str) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """The factors A_i and B_i of one adapter: one tensor (k, m, n) a shape, in the order of `moka_counts`."""
+        a, b = (cast(nn.ParameterList, layers[adapter_name]) for layers in (self.moka_A, self.moka_B))
+        return list(a), list(b)
+
     def mixture_weights(self, adapter_name: str) -> torch.Tensor:
         """scale * alpha * softmax(g), (r,) float32."""
-        device = self.moka_A[adapter_name][0].device
+        device = self.stacks(adapter_name)[0][0].device
         scale = self.moka_scale[adapter_name] * self.moka_alpha[adapter_name]
         return scale * self.moka_gate[adapter_name](device)
 
     def update(self, adapter_name: str, x: torch.Tensor) -> torch.Tensor:
         """delta W x for one adapter: x (..., in_features) -> (..., out_features)."""
-        a, b = self.moka_A[adapter_name], self.moka_B[adapter_name]
+        a, b = self.stacks(adapter_name)
         x = self.moka_dropout[adapter_name](self._cast_input_dtype(x, a[0].dtype))
         gates = self.mixture_weights(adapter_name).split(self.moka_counts[adapter_name])
-        return kron_stacks(x, list(a), list(b), gates)
+        return kron_stacks(x, a, b, gates)
 
     def get_delta_weight(self, adapter_name: str) -> torch.Tensor:
         """delta W (out_features, in_features) in float32."""
-        a, b = self.moka_A[adapter_name], self.moka_B[adapter_name]
+        a, b = self.stacks(adapter_name)
         gates = self.mixture_weights(adapter_name).split(self.moka_counts[adapter_name])
         return sum_all(kron_weight(a_k.float(), b_k.float(), g) for a_k, b_k, g in zip(a, b, gates, strict=True))
+
+    @torch.no_grad()
+    def adapted_weight(self) -> torch.Tensor:
+        """W + delta W of the active adapters, (out_features, in_features) in float32, W de-quantised."""
+        weight = self.get_base_weight().float()
+        for name in self.active_adapters:
+            if name in self.moka_A:
+                weight = weight + self.get_delta_weight(name).to(weight.device)
+        return weight
 
     def set_scale(self, adapter: str, scale: float) -> None:
         """Make the update `scale` times the trained one; 1 is the trained one."""
@@ -175,8 +192,8 @@ class MokaLinear(nn.Module, MokaLayer):
             merged = (weight.float() + self.get_delta_weight(name).to(weight.device)).to(weight.dtype)
             if safe_merge and not torch.isfinite(merged).all():
                 raise AdapterError(
-                    f"merging adapter {name!r} gives weights that are not finite, so it was not merged into this layer; "
-                    "call unmerge_adapter() to take it out of the layers before it"
+                    f"merging adapter {name!r} gives weights that are not finite, so it was not merged into this "
+                    "layer; call unmerge_adapter() to take it out of the layers before it"
                 )
             self._keep_packed_base()
             self.set_base_weight(merged)

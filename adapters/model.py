@@ -2,7 +2,7 @@
 
 import re
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
@@ -14,7 +14,7 @@ from peft.utils import (
 from torch import nn
 
 from .config import AdapterError, MokaConfig
-from .layer import MokaLayer, MokaLinear
+from .layer import Gate, MokaLayer, MokaLinear
 
 
 class MokaModel(BaseTuner):
@@ -24,7 +24,7 @@ class MokaModel(BaseTuner):
     tuner_layer_cls = MokaLayer
     target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 
-    def _create_and_replace(
+    def _create_and_replace(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
         peft_config: MokaConfig,
         adapter_name: str,
@@ -32,7 +32,7 @@ class MokaModel(BaseTuner):
         target_name: str,
         parent: nn.Module,
         current_key: str,
-        **optional_kwargs: Any,
+        parameter_name: str | None = None,
     ) -> None:
         r = _pattern_value(peft_config.rank_pattern, current_key, peft_config.r)
         alpha = _pattern_value(peft_config.alpha_pattern, current_key, peft_config.alpha)
@@ -50,7 +50,7 @@ class MokaModel(BaseTuner):
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
         for module in self.model.modules():
             if isinstance(module, MokaLayer) and adapter_name in module.moka_gate:
-                module.moka_gate[adapter_name].keep_fp32 = autocast_adapter_dtype
+                cast(Gate, module.moka_gate[adapter_name]).keep_fp32 = autocast_adapter_dtype
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any):
@@ -76,6 +76,6 @@ def _check_linear(target: nn.Module, key: str) -> None:
     backend = resolve_quantization_backend(base)
     if backend is None or backend.layer_type != "linear":
         raise AdapterError(
-            f"MoKA adapts linear layers, and {key!r} is a {type(base).__name__}; name other target_modules, or leave it "
-            "out with exclude_modules"
+            f"MoKA adapts linear layers, and {key!r} is of type {type(base).__name__}; name other target_modules, or "
+            "leave it out with exclude_modules"
         )

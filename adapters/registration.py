@@ -18,7 +18,7 @@ def moka_type() -> PeftType:
         member._name_ = NAME
         member._value_ = NAME
         member.__objclass__ = PeftType  # pyright: ignore[reportAttributeAccessIssue]
-        member._sort_order_ = len(PeftType.__members__)
+        member._sort_order_ = len(PeftType.__members__)  # pyright: ignore[reportAttributeAccessIssue]
         PeftType._member_names_.append(NAME)
         PeftType._member_map_[NAME] = member
         PeftType._value2member_map_[NAME] = member
@@ -42,8 +42,8 @@ def register() -> None:
         import peft
 
         raise RuntimeError(
-            f"peft {peft.__version__} already has a tuner named MOKA ({known.__module__}.{known.__qualname__}), which is "
-            "not krontune's: adapters of the two are not compatible. Install a peft that krontune supports "
+            f"peft {peft.__version__} already has a tuner named MOKA ({known.__module__}.{known.__qualname__}), which "
+            "is not krontune's: adapters of the two are not compatible. Install a peft that krontune supports "
             "(pip install krontune states the range)."
         )
     register_peft_method(name=NAME.lower(), config_cls=MokaConfig, model_cls=MokaModel)

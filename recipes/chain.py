@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .preflight import check
 from .faults import RecipeError
+from .preflight import check
 from .rl import run_rl
 from .run_folder import RunError, RunFolder
 from .schema import Recipe, Sft
@@ -38,17 +38,17 @@ def run(recipe: Recipe, out_dir: str | Path | None = None, say: Callable[[str], 
 
     Raises:
         RecipeError: the recipe cannot run as it stands; nothing was started.
-        RunError: the folder belongs to another run, or several processes were started.
+        RunError: the folder belongs to another run, or several processes were started; nothing was written.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise RunError("krontune runs in one process; start it without a launcher, or with --num_processes 1")
     folder = RunFolder(out_dir or Path("runs") / recipe.name, recipe)
-    try:
-        steps = list(_steps(recipe, folder))
-        if not all(folder.is_done(name) for name, _ in steps):
-            faults = check(recipe)
-            if faults:
-                raise RecipeError(faults)
+    steps = list(_steps(recipe, folder))
+    if not all(folder.is_done(name) for name, _ in steps):
+        faults = check(recipe)
+        if faults:
+            raise RecipeError(faults)
+    with folder:
         for name, step in steps:
             if folder.is_done(name):
                 say(f"{name}: done before, skipped")
@@ -58,8 +58,6 @@ def run(recipe: Recipe, out_dir: str | Path | None = None, say: Callable[[str], 
             say(f"{name}: done in {seconds:.0f} s")
         _publish_adapter(recipe, folder)
         return Run(folder.path, folder.record)
-    finally:
-        folder.close()
 
 
 def _steps(recipe: Recipe, folder: RunFolder) -> Iterator[tuple[str, Callable[[], None]]]:

@@ -1,24 +1,30 @@
 """Any error as one message for the person at the terminal."""
 
 import errno
+import os
 
-from ..adapters import AdapterError, BaseModelError
-from ..data_selection import DataSelectionError
-from ..rl import RlError
 from .faults import RecipeError
-from .run_folder import RunError, WrongFolder
-
-SPOKEN = (AdapterError, BaseModelError, DataSelectionError, RlError, RunError)
 
 
 def explain(error: Exception) -> tuple[str, bool]:
     """The message, and whether the recipe (or the folder it is to run in) is what is wrong."""
-    if isinstance(error, RecipeError | WrongFolder):
+    if isinstance(error, RecipeError):
         return str(error), True
-    if isinstance(error, SPOKEN):
+    # Whatever else is raised comes from what the imports below have loaded already.
+    from ..adapters import AdapterError, BaseModelError
+    from ..data_selection import DataSelectionError
+    from ..rl import RlError
+    from .run_folder import RunError, WrongFolder
+
+    if isinstance(error, WrongFolder):
+        return str(error), True
+    if isinstance(error, AdapterError | BaseModelError | DataSelectionError | RlError | RunError):
         return str(error), False
-    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-        return f"no space left on the device ({error.filename}); free some and run the same command to go on", False
     text = str(error).strip().splitlines()
+    # Libraries that write from compiled code raise errors of their own, which only quote the system's.
+    if getattr(error, "errno", None) == errno.ENOSPC or os.strerror(errno.ENOSPC) in str(error):
+        where = f" ({error.filename})" if isinstance(error, OSError) and error.filename else ""
+        return f"no space left on the device{where}; free some and run the same command to go on", False
     reason = f"{type(error).__name__}: {text[0] if text else 'no message'}"
-    return f"the run failed: {reason}\nFinished stages are kept. Run again with --traceback to see where it happened.", False
+    kept = "Finished stages are kept. Run again with --traceback to see where it happened."
+    return f"the run failed: {reason}\n{kept}", False

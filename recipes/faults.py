@@ -1,28 +1,34 @@
 """What is wrong with a recipe, in words for the person who wrote it, each with the place in the file.
 
-`faults_from_validation` walks the pydantic models along the `loc` of every error, because only the models
-know which segments are keys, which are tags of a union, and which names would have been allowed.
+`RecipeError` carries all of them at once. `faults_from_validation` turns pydantic's complaints into such sentences.
 """
 
 import dataclasses
 import difflib
-import enum
 import json
 import re
-import types
-import typing
-from collections.abc import Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ValidationError
-from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
+
+from .model_walk import (
+    Path,
+    Spot,
+    choices_of,
+    description_of,
+    fields_below,
+    inner_types,
+    keys_of,
+    options_of,
+    origin_of,
+    walk,
+)
 
 if TYPE_CHECKING:
     from .yaml12 import Document
-
-Path = tuple[str | int, ...]
 
 
 @dataclass(frozen=True)
@@ -54,9 +60,7 @@ class RecipeError(ValueError):
         return RecipeError, (self.faults,)
 
 
-def faults_from_validation(
-    error: ValidationError, document: "Document", model: type[BaseModel]
-) -> list[Fault]:
+def faults_from_validation(error: ValidationError, document: "Document", model: type[BaseModel]) -> list[Fault]:
     """Each error of `model.model_validate(document.data)` as a sentence with its place, in pydantic's order.
 
     An unknown key gets the nearest allowed name, or the place where the key would be allowed. The complaints
@@ -117,12 +121,12 @@ class _Finding:
 def _finding(item: ErrorDetails, model: type[BaseModel], data: Any) -> _Finding:
     kind, loc, value, context = item["type"], item["loc"], item["input"], item.get("ctx", {})
     if kind in ("extra_forbidden", "unexpected_keyword_argument"):
-        spot, key = _walk(model, data, loc[:-1]), loc[-1]
+        spot, key = walk(model, data, loc[:-1]), loc[-1]
         return _Finding((*spot.path, key), f"unknown key {key!r}" + _unknown_key(spot, str(key)))
     if kind == "missing":
-        spot = _walk(model, data, loc[:-1])
+        spot = walk(model, data, loc[:-1])
         return _Finding(spot.path, _missing(spot, loc[-1]), labelled=spot.labelled)
-    spot = _walk(model, data, loc)
+    spot = walk(model, data, loc)
     shown = f"{_name(spot.path)}: {_show(value)}"
     if kind == "union_tag_not_found":
         return _Finding(spot.path, _missing_tag(spot, _unquoted(context["discriminator"])[0]))
@@ -132,7 +136,7 @@ def _finding(item: ErrorDetails, model: type[BaseModel], data: Any) -> _Finding:
         allowed = _unquoted(context["expected_tags"])
         return _Finding(path, f"{key} {_show(tag)} is unknown" + _allowed(tag, allowed))
     if kind in ("literal_error", "enum"):
-        allowed = _choices(spot.options) or _unquoted(context["expected"])
+        allowed = choices_of(spot.options) or _unquoted(context["expected"])
         if spot.labelled:
             return _Finding(spot.path, shown, wrong=_one_of(allowed), labelled=True)
         return _Finding(spot.path, f"{shown} is unknown" + _allowed(value, allowed))
@@ -144,24 +148,24 @@ def _finding(item: ErrorDetails, model: type[BaseModel], data: Any) -> _Finding:
     return _Finding(spot.path, _other(spot, item["msg"], value), labelled=spot.labelled)
 
 
-def _missing(spot: "_Spot", key: str | int) -> str:
+def _missing(spot: Spot, key: str | int) -> str:
     if isinstance(key, int):
         return f"{_name(spot.path)}: item {key} is missing"
-    options = _inner(spot.options, key) or []
-    description = next((text for o in spot.options if (text := _description(o, key))), "")
+    options = inner_types(spot.options, key) or []
+    description = next((text for o in spot.options if (text := description_of(o, key))), "")
     what = description or " or ".join(dict.fromkeys(word for option in options if (word := _word(option))))
     return f"missing key {key!r}" + (f" ({what})" if what else "")
 
 
-def _missing_tag(spot: "_Spot", key: str) -> str:
-    choices = [choice for option in spot.options for choice in _choices(_options(_keys(option).get(key)))]
+def _missing_tag(spot: Spot, key: str) -> str:
+    choices = [choice for option in spot.options for choice in choices_of(options_of(keys_of(option).get(key)))]
     given = spot.value if isinstance(spot.value, dict) else {}
     close = difflib.get_close_matches(key, given, 1)
     hint = f"; is {close[0]!r} meant to be {key!r}?" if close else ""
     return f"missing key {key!r}" + (f" ({_one_of(choices)})" if choices else "") + hint
 
 
-def _other(spot: "_Spot", message: str, value: Any) -> str:
+def _other(spot: Spot, message: str, value: Any) -> str:
     message = re.sub(r"^(Value error|Assertion failed), ", "", message)
     message = re.sub(r"^[A-Z][a-z]+ should ", "must ", message)
     shown = _show(value)
@@ -170,9 +174,11 @@ def _other(spot: "_Spot", message: str, value: Any) -> str:
     return f"{_name(spot.path)}: {message}{got}"
 
 
-def _unknown_key(spot: "_Spot", key: str) -> str:
+def _unknown_key(spot: Spot, key: str) -> str:
     """What to do: a name almost equal goes before the same name elsewhere, and that before a similar one."""
-    known = list(dict.fromkeys(name for option in spot.options for name in _keys(option)))
+    known = list(dict.fromkeys(name for option in spot.options for name in keys_of(option)))
+    if key in known:
+        return "; it does not go together with the other keys here"  # a member of the union that was not chosen has it
     own = difflib.get_close_matches(key, known, 1)
     near = difflib.get_close_matches(key, known, 1, cutoff=0.85)
     home = "" if near else _home(spot, key)
@@ -180,164 +186,34 @@ def _unknown_key(spot: "_Spot", key: str) -> str:
         return home
     if own:
         return f"; did you mean {own[0]!r}?"
-    below = {".".join(path): path[-1] for path in _fields_below(spot.options) if len(path) > 1}
+    below = {".".join(path): path[-1] for path in fields_below(spot.options) if len(path) > 1}
     for path, name in below.items():
         if difflib.get_close_matches(key, [name], 1, cutoff=0.8):
             return f"; did you mean {path!r}?"
     return f"; allowed: {', '.join(known)}" if 0 < len(known) <= 20 else ""
 
 
-def _home(spot: "_Spot", key: str) -> str:
+def _home(spot: Spot, key: str) -> str:
     """Where else in the recipe the key is allowed: below, in another member of the union, or around."""
-    for path in _fields_below(spot.options):
+    for path in fields_below(spot.options):
         if len(path) > 1 and path[-1] == key:
             return f"; it belongs under {_dotted(path[:-1])}"
     for other in spot.others:
-        tags = {name: _choices(_options(kind)) for name, kind in _keys(other).items() if name in spot.value}
+        tags = {name: choices_of(options_of(kind)) for name, kind in keys_of(other).items() if name in spot.value}
         tag = next((name for name, choices in tags.items() if choices), "")
-        if key in _keys(other) and tag:
+        if key in keys_of(other) and tag:
             return f"; it is a key of {tag} {_one_of(tags[tag])}"
     for around, options in reversed(spot.parents):
-        if any(key in _keys(option) for option in options):
+        if any(key in keys_of(option) for option in options):
             return f"; it belongs in {_dotted(around)}" if around else "; it belongs at the top level"
-        for path in _fields_below(options):
+        for path in fields_below(options):
             # The branch that leads back to the mapping at hand was searched already.
             if path[-1] == key and path[0].removesuffix("[]") != spot.path[len(around)]:
                 return f"; it belongs under {_dotted((*around, *path[:-1]))}"
     return ""
 
 
-# ---------------------------------------------------------------- following a loc through the models
-
-
-@dataclass
-class _Spot:
-    """Where a `loc` leads: the path in the data, the value and the types allowed there."""
-
-    path: Path
-    value: Any
-    options: list[Any]
-    others: list[Any] = field(default_factory=list)  # members of a union that were not chosen here
-    labelled: bool = False  # whether the loc named a member of a union here
-    parents: list[tuple[Path, list[Any]]] = field(default_factory=list)  # outermost first, with their types
-
-
-def _walk(model: type[BaseModel], data: Any, loc: Iterable[str | int]) -> _Spot:
-    spot = _Spot((), data, [model])
-    for segment in loc:
-        if len(spot.options) > 1 and not spot.labelled:
-            # After a union comes the tag or the name of a member, never a key.
-            members = [option for option in spot.options if _is_member(option, segment, spot.value)]
-            spot.others = [option for option in spot.options if option not in members] if members else []
-            spot.options, spot.labelled = members or spot.options, True
-            continue
-        inner, value = _inner(spot.options, segment), _child(spot.value, segment)
-        if inner is None and (value is None or any(_keys(option) for option in spot.options)):
-            continue  # the name of a validator or of an inner union
-        parents = [*spot.parents, (spot.path, spot.options)]
-        spot = _Spot((*spot.path, segment), value, inner or [], parents=parents)
-    return spot
-
-
-def _child(value: Any, segment: str | int) -> Any:
-    if isinstance(value, dict):
-        return value.get(segment)
-    if isinstance(value, list) and isinstance(segment, int) and segment < len(value):
-        return value[segment]
-    return None
-
-
-def _is_member(option: Any, label: str | int, value: Any) -> bool:
-    if label == getattr(option, "__name__", None) or str(label).startswith(f"{_origin(option).__name__}["):
-        return True
-    given = value if isinstance(value, dict) else {}
-    literals = {
-        key: _choices(_options(kind)) for key, kind in _keys(option).items() if given.get(key) == label
-    }
-    return any(label in choices for choices in literals.values())
-
-
-def _options(annotation: Any) -> list[Any]:
-    """The alternatives of an annotation, without None; `Annotated` is taken off."""
-    origin = typing.get_origin(annotation)
-    if origin is Annotated:
-        return _options(typing.get_args(annotation)[0])
-    if origin in (typing.Union, types.UnionType):
-        members = [option for member in typing.get_args(annotation) for option in _options(member)]
-        return list(dict.fromkeys(members))
-    return [] if annotation in (None, type(None), Any) else [annotation]
-
-
-def _origin(option: Any) -> Any:
-    origin = typing.get_origin(option) or option
-    return origin if isinstance(origin, type) else object
-
-
-def _keys(option: Any) -> Mapping[str, Any]:
-    """The keys that a model or dataclass allows, with their annotations; empty for any other type."""
-    if not isinstance(option, type):
-        return {}
-    if issubclass(option, BaseModel):
-        return {_key(name, info): info.annotation for name, info in option.model_fields.items()}
-    return typing.get_type_hints(option) if dataclasses.is_dataclass(option) else {}
-
-
-def _key(name: str, info: FieldInfo) -> str:
-    return info.validation_alias if isinstance(info.validation_alias, str) else name
-
-
-def _description(option: Any, key: str) -> str:
-    if not (isinstance(option, type) and issubclass(option, BaseModel)):
-        return ""
-    found = [info.description for name, info in option.model_fields.items() if _key(name, info) == key]
-    text = found[0] if found and found[0] else ""
-    return " ".join(re.split(r"\.\s+(?=[A-Z])|\.$|\n\n", text.strip(), maxsplit=1)[0].split())
-
-
-def _inner(options: Iterable[Any], segment: str | int) -> list[Any] | None:
-    """The types allowed one step further in; None where no option knows such a step."""
-    found: list[Any] | None = None
-    for option in options:
-        keys, arguments, origin = _keys(option), typing.get_args(option), _origin(option)
-        many = issubclass(origin, Collection) and not issubclass(origin, str | Mapping)
-        if segment in keys:
-            step = _options(keys[str(segment)])
-        elif isinstance(segment, str) and issubclass(origin, Mapping):
-            step = _options(arguments[1]) if len(arguments) == 2 else []
-        elif isinstance(segment, int) and many:
-            several = origin is tuple and len(arguments) > 1 and arguments[1] is not ...
-            step = _options(arguments[segment if several else 0]) if arguments else []
-        else:
-            continue
-        found = [*(found or []), *(new for new in step if new not in (found or []))]
-    return found
-
-
-def _fields_below(options: Iterable[Any], depth: int = 4) -> Iterator[tuple[str, ...]]:
-    """The paths of all fields below, nearest first; `[]` after a name stands for the items of a list."""
-    level = [((), option) for option in options]
-    for _ in range(depth):
-        deeper: list[tuple[tuple[str, ...], Any]] = []
-        for path, option in level:
-            for name, annotation in _keys(option).items():
-                yield (*path, name)
-                for inner in _options(annotation):
-                    items = (_inner([inner], 0) or []) if _origin(inner) is list else []
-                    deeper += [((*path, name + "[]"), item) for item in items] or [((*path, name), inner)]
-        level = deeper
-
-
 # ---------------------------------------------------------------- words
-
-
-def _choices(options: Iterable[Any]) -> list[Any]:
-    choices: list[Any] = []
-    for option in options:
-        if typing.get_origin(option) is Literal:
-            choices += typing.get_args(option)
-        elif isinstance(option, type) and issubclass(option, enum.Enum):
-            choices += [member.value for member in option]
-    return choices
 
 
 def _allowed(value: Any, allowed: Iterable[Any]) -> str:
@@ -352,14 +228,14 @@ def _one_of(choices: list[Any]) -> str:
 
 
 def _word(option: Any) -> str:
-    choices = _choices([option])
+    choices = choices_of([option])
     if choices:
         return _one_of(choices)
     words = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
-    origin = _origin(option)
+    origin = origin_of(option)
     if origin in words:
         return words[origin]
-    if _keys(option) or issubclass(origin, Mapping):
+    if keys_of(option) or issubclass(origin, Mapping):
         return "a mapping"
     return "a list" if issubclass(origin, Collection) else ""
 

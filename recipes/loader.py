@@ -7,10 +7,11 @@ from typing import Any
 from pydantic import ValidationError
 
 from .faults import Fault, RecipeError, faults_from_validation
+from .overrides import apply_overrides
 from .schema import Recipe
 from .shipped import shipped_text
-from .trainer_args import SET_BY_KRONTUNE
-from .yaml12 import Document, apply_overrides, read
+from .trainer_args import set_by_krontune
+from .yaml12 import Document, read
 
 
 def load(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
@@ -28,8 +29,7 @@ def load(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
     try:
         recipe = Recipe.model_validate(document.data)
     except ValidationError as error:
-        faults = [*_own_keys(document), *faults_from_validation(error, document, Recipe)]
-        raise RecipeError({fault.where: fault for fault in reversed(faults)}.values()) from None
+        raise RecipeError(_with_own_keys(document, faults_from_validation(error, document, Recipe))) from None
     faults = [Fault(document.where(path), message) for path, message in _order_faults(recipe)]
     if faults:
         raise RecipeError(faults)
@@ -46,15 +46,22 @@ def _find(path: str | Path) -> tuple[str, bytes | str]:
     return f"{path}.yaml", shipped_text(str(path))
 
 
-def _own_keys(document: Document) -> Iterator[Fault]:
-    """Trainer keys that TRL knows and krontune sets itself: say where they belong instead of 'unknown key'."""
+def _with_own_keys(document: Document, faults: list[Fault]) -> list[Fault]:
+    """The faults, with a better word than 'unknown key' for trainer keys that TRL knows and krontune sets itself."""
+    for where, key, reason in _own_keys(document):
+        generic = f"unknown key {key!r}"
+        faults = [fault for fault in faults if fault.where != where or not fault.message.startswith(generic)]
+        faults.append(Fault(where, f"{key!r} is not set under trainer: {reason}"))
+    return faults
+
+
+def _own_keys(document: Document) -> Iterator[tuple[str, str, str]]:
     stages = document.data.get("stages")
     for number, stage in enumerate(stages if isinstance(stages, list) else []):
         trainer: Any = stage.get("trainer") if isinstance(stage, dict) else None
         for key in trainer if isinstance(trainer, dict) else ():
-            if key in SET_BY_KRONTUNE:
-                where = document.where(("stages", number, "trainer", key))
-                yield Fault(where, f"{key!r} is not set under trainer: {SET_BY_KRONTUNE[key]}")
+            if reason := set_by_krontune(key):
+                yield document.where(("stages", number, "trainer", key)), key, reason
 
 
 def _order_faults(recipe: Recipe) -> Iterator[tuple[tuple[str | int, ...], str]]:
@@ -65,11 +72,11 @@ def _order_faults(recipe: Recipe) -> Iterator[tuple[tuple[str | int, ...], str]]
         if stage.stage in before:
             yield at, f"a second {stage.stage} stage; a recipe has at most one of each kind"
         if stage.stage == "sft" and stage.data == "select" and "select" not in before:
-            yield at, "the sft stage trains on what 'select' picked, and no select stage comes before it; add one, or give data"
+            yield at, "the sft stage trains on what 'select' picked, and none comes before; add one, or give data"
         if stage.stage == "sft" and stage.controls and stage.data != "select":
             yield ("stages", number, "controls"), "a random control needs the pool of a select stage; give data: select"
         if stage.stage == "rl" and "sft" not in before and stage.adapter is None:
-            yield at, "the rl stage continues the adapter of an sft stage, and none comes before it; add one, or give adapter"
+            yield at, "the rl stage continues an sft stage's adapter, and none comes before; add one, or give adapter"
         if stage.stage == "rl" and "sft" in before and stage.adapter is not None:
             yield ("stages", number, "adapter"), "the rl stage continues the sft stage's adapter; leave 'adapter' out"
         if stage.stage == "verify" and stage.task is None and "rl" not in before:

@@ -1,21 +1,19 @@
 """What can be found out about a recipe before anything is trained: all faults at once."""
 
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any
 
-from ..adapters import AdapterError
 from ..adapters.base import resolve_model
-from ..data_selection import DataSelectionError
-from ..rl import RlError
-from .rows import read_sources
 from .faults import Fault
 from .rl import make_task
-from .schema import Recipe
+from .rows import read_sources
+from .schema import Recipe, Source
 from .training import moka_config, trainer_arguments
 
-KNOWN_ERRORS = (AdapterError, DataSelectionError, RlError, ValueError)
+# Where in the stage, and what.
+Found = Iterator[tuple[tuple[str | int, ...], str]]
 
 
 def check(recipe: Recipe) -> list[Fault]:
@@ -27,9 +25,6 @@ def check(recipe: Recipe) -> list[Fault]:
     return faults
 
 
-Found = Iterator[tuple[tuple[str, ...], str]]
-
-
 def _model_faults(recipe: Recipe) -> Iterator[Fault]:
     source = resolve_model(recipe.base.model)
     looks_like_folder = source.startswith((".", "/", "~")) or source.count("/") > 1
@@ -38,16 +33,8 @@ def _model_faults(recipe: Recipe) -> Iterator[Fault]:
 
 
 def _select_faults(recipe: Recipe, stage: Any) -> Found:
-    rows: dict[str, list] = {}
-    for key in ("raw", "target"):
-        try:
-            rows[key] = read_sources(getattr(stage, key), key)
-        except (DataSelectionError, RlError) as error:
-            yield (key,), str(error)
-            continue
-        if not rows[key]:
-            yield (key,), f"{key} is empty: its sources hold no rows"
-    pool = len(rows.get("raw", []))
+    pool = yield from _source_faults("raw", stage.raw)
+    yield from _source_faults("target", stage.target)
     if pool and stage.k > pool:
         yield ("k",), f"k is {stage.k} and the pool has {pool} rows; give at most {pool}"
 
@@ -55,7 +42,7 @@ def _select_faults(recipe: Recipe, stage: Any) -> Found:
 def _sft_faults(recipe: Recipe, stage: Any) -> Found:
     yield from _tried(("adapter",), lambda: moka_config(stage.adapter))
     if not isinstance(stage.data, str):
-        yield from _tried(("data",), lambda: read_sources(stage.data, "data"))
+        yield from _source_faults("data", stage.data)
     yield from _trainer_faults(recipe, stage, "SFTConfig")
 
 
@@ -75,12 +62,29 @@ def _trainer_faults(recipe: Recipe, stage: Any, config_class: str) -> Found:
     import trl
 
     with tempfile.TemporaryDirectory() as folder:
-        arguments = trainer_arguments(recipe, stage.trainer, Path(folder))
-        yield from _tried(("trainer",), lambda: getattr(trl, config_class)(**arguments))
+        try:
+            getattr(trl, config_class)(**trainer_arguments(recipe, stage.trainer, Path(folder)))
+        except Exception as error:  # the libraries refuse values with whatever error comes up, ZeroDivisionError too
+            kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+            yield ("trainer",), f"trl.{config_class} refuses these values: {kind}{' '.join(str(error).split())}"
+
+
+def _source_faults(key: str, sources: list[Source]) -> Generator[tuple[tuple[str | int, ...], str], None, int]:
+    """Reads all sources of a key; returns how many rows they hold, 0 where one cannot be read."""
+    rows, readable = 0, True
+    for number, source in enumerate(sources):
+        try:
+            rows += len(read_sources([source], key))
+        except (ValueError, OSError) as error:
+            readable = False
+            yield (key, number), str(error)
+    if readable and not rows:
+        yield (key,), f"{key} is empty: its sources hold no rows"
+    return rows if readable else 0
 
 
 def _tried(path: tuple[str, ...], build: Callable[[], Any]) -> Found:
     try:
         build()
-    except KNOWN_ERRORS as error:
+    except ValueError as error:
         yield path, str(error)

@@ -16,7 +16,7 @@ def print_report(run: Run) -> None:
     stages = run.record["stages"]
     if "select" in stages:
         console.print(_selection(stages["select"]))
-    if "rl" in stages:
+    if "rl" in stages and stages["rl"]["reward"]:
         console.print(_reward(stages["rl"]))
     if "verify" in stages:
         console.print(_verification(verification(run.path)))
@@ -49,7 +49,8 @@ def _reward(rl: dict[str, Any]) -> str:
 
 def _verification(result: dict[str, Any]) -> Table:
     task = result["task"]
-    title = f"verify: {result['instances']} held-out {task['name']} instances, n {task['n'][0]} to {task['n'][1]}; 95 % intervals"
+    low, high = task["n"]
+    title = f"verify: {result['instances']} held-out {task['name']} instances, n {low} to {high}; 95 % intervals"
     table = Table(title=title, title_justify="left")
     table.add_column("")
     for column in ("answer", "certificate", "gap", "parse failures"):

@@ -36,9 +36,17 @@ def run_rl(recipe: Recipe, stage: Rl, run: RunFolder) -> None:
     train(trainer, run, "rl", folder, tokenizer, reward=lambda: _reward_change(run))
 
 
-def _reward_change(run: RunFolder) -> dict[str, Any]:
-    """Mean reward over the first and the last quarter of the logged steps."""
-    rewards = [line["reward"] for line in run.metrics("rl") if "reward" in line]
-    quarter = max(1, len(rewards) // 4)
-    parts = {"first": rewards[:quarter], "last": rewards[-quarter:]}
-    return {name: {"steps": len(part), "mean": sum(part) / max(1, len(part))} for name, part in parts.items()}
+def _reward_change(run: RunFolder) -> dict[str, Any] | None:
+    """Mean reward over the first and the last quarter of the log, each line of which is a mean over the steps since
+    the one before; None where nothing was logged."""
+    lines = [line for line in run.metrics("rl") if "reward" in line]
+    if not lines:
+        return None
+    quarter = max(1, len(lines) // 4)
+    before = [0, *(line["step"] for line in lines)]
+    steps = {"first": before[quarter], "last": before[-1] - before[-1 - quarter]}
+    parts = {"first": lines[:quarter], "last": lines[-quarter:]}
+    return {
+        name: {"steps": steps[name], "mean": sum(line["reward"] for line in part) / len(part)}
+        for name, part in parts.items()
+    }

@@ -85,6 +85,8 @@ def _tokenize_chat(messages: list[Row], tokenizer: Any, trained_from: int = 0) -
             "the data holds chat messages and the model's tokenizer has no chat template; take the model's instruct "
             "version, or give 'text' or string 'prompt' and 'completion'"
         )
+    if not all(message.get("role") for message in messages):
+        raise DataSelectionError(f"a message of the row has no 'role', give one to each: {messages!r:.200}")
     ids: list[int] = []
     labels: list[int] = []
     for number, message in enumerate(messages):

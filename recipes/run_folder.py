@@ -10,14 +10,16 @@ import subprocess
 import time
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import yaml
 
 from ..data_selection.selection import write_atomic
 from .schema import Recipe
+from .yaml12 import is_plain_text
 
 PACKAGES = ("krontune", "torch", "transformers", "peft", "trl", "accelerate", "bitsandbytes", "datasets", "numpy")
+LOCK = ".lock"
 
 
 class RunError(RuntimeError):
@@ -31,7 +33,8 @@ class WrongFolder(RunError):
 class RunFolder:
     """`recipe.yaml` as resolved, `run.json`, `metrics.jsonl`, and one folder a stage with a marker `done`.
 
-    The marker is written last and at once, so a stage is either done or begins again.
+    The marker is written last and at once, so a stage is either done or begins again. Nothing is written before the
+    folder is entered with `with`, which also keeps other runs out of it.
 
     Raises:
         WrongFolder: the folder holds another recipe, or other files, or another run is writing to it.
@@ -39,32 +42,41 @@ class RunFolder:
 
     def __init__(self, path: str | Path, recipe: Recipe) -> None:
         self.path = Path(path)
-        text = yaml.safe_dump(recipe.model_dump(exclude_unset=True), sort_keys=False, allow_unicode=True)
-        self._refuse_other(text)
+        self.recipe_text = recipe_text(recipe)
+        self._refuse_other()
+        self.record: dict[str, Any] = {"name": recipe.name, "seed": recipe.seed, "stages": {}, "data": {}}
+
+    def __enter__(self) -> Self:
         self.path.mkdir(parents=True, exist_ok=True)
         self._lock = _lock(self.path)
-        if not (self.path / "recipe.yaml").is_file():
-            write_atomic(self.path / "recipe.yaml", text.encode())
-        self.record: dict[str, Any] = {"name": recipe.name, "seed": recipe.seed, "stages": {}, "data": {}}
-        if (self.path / "run.json").is_file():
-            self.record = json.loads((self.path / "run.json").read_text())
-        self.record.update(_environment(), recipe_sha256=hashlib.sha256(text.encode()).hexdigest())
-        self._write_record()
+        try:
+            self._refuse_other()  # another run may have come and gone since
+            if not (self.path / "recipe.yaml").is_file():
+                write_atomic(self.path / "recipe.yaml", self.recipe_text.encode())
+            if (self.path / "run.json").is_file():
+                self.record = json.loads((self.path / "run.json").read_text(encoding="utf-8"))
+            self.record.update(_environment(), recipe_sha256=hashlib.sha256(self.recipe_text.encode()).hexdigest())
+            self._write_record()
+        except BaseException:
+            os.close(self._lock)
+            raise
+        return self
 
-    def _refuse_other(self, text: str) -> None:
+    def __exit__(self, *exception: object) -> None:
+        os.close(self._lock)
+
+    def _refuse_other(self) -> None:
         kept = self.path / "recipe.yaml"
         if kept.is_file():
-            if kept.read_text() != text:
+            text = kept.read_text(encoding="utf-8")
+            if text != self.recipe_text:
                 raise WrongFolder(
                     f"{self.path} holds a run of another recipe, or of this one with other values "
-                    f"({_first_difference(kept.read_text(), text)}). Nothing was changed. Give another folder with "
+                    f"({_first_difference(text, self.recipe_text)}). Nothing was changed. Give another folder with "
                     "--out, or delete this one."
                 )
-        elif self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
-            raise WrongFolder(f"{self.path} exists and is not a run folder. Nothing was changed; give another with --out.")
-
-    def close(self) -> None:
-        os.close(self._lock)
+        elif self.path.exists() and (not self.path.is_dir() or {f.name for f in self.path.iterdir()} - {LOCK}):
+            raise WrongFolder(f"{self.path} exists and is no run folder. Nothing was changed; give another with --out.")
 
     def is_done(self, stage: str) -> bool:
         return (self.path / stage / "done").is_file()
@@ -106,6 +118,21 @@ class RunFolder:
         write_atomic(self.path / "run.json", json.dumps(self.record, indent=2).encode())
 
 
+def recipe_text(recipe: Recipe) -> str:
+    """The recipe as YAML, with overrides and without defaults; `load` reads it back."""
+    return yaml.dump(recipe.model_dump(exclude_unset=True), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Puts text in quotes where our reader takes it for something else: 12e4 is text to PyYAML, a number to it."""
+
+    def represent_text(self, text: str) -> yaml.Node:
+        return self.represent_scalar("tag:yaml.org,2002:str", text, style=None if is_plain_text(text) else "'")
+
+
+_Dumper.add_representer(str, _Dumper.represent_text)
+
+
 def _stage_of(line: str) -> str | None:
     """The stage of a metrics line; None for a line that was cut while it was written."""
     try:
@@ -116,16 +143,16 @@ def _stage_of(line: str) -> str | None:
 
 def _lock(folder: Path) -> int:
     """Held until the process ends, however it ends."""
-    handle = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT)
+    handle = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT)
     try:
         import fcntl
 
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except ImportError:  # not on Windows
-        pass
-    except OSError:
+    except BlockingIOError:
         os.close(handle)
-        raise WrongFolder(f"another krontune is running in {folder}; wait for it, or give another folder with --out") from None
+        raise WrongFolder(f"another krontune runs in {folder}; wait for it, or give another with --out") from None
+    except (ImportError, OSError):  # neither on Windows nor on every network drive
+        pass
     return handle
 
 

@@ -22,6 +22,8 @@ class BaseModelSection(Section):
     """Of a Hub model."""
     trust_remote_code: bool = False
     """Run the Python code that the model's repository brings along."""
+    attn_implementation: str | None = None
+    """sdpa, eager, flash_attention_2...; null takes the choice of transformers."""
     dense_generation: bool = False
     """Generate on de-quantised, merged weights: several times faster, for 2 bytes a weight more memory."""
 
@@ -46,7 +48,7 @@ class Puzzles(Section):
 def _source_kind(value: Any) -> str | None:
     if isinstance(value, str):
         return "path"
-    keys = value if isinstance(value, dict) else vars(value)
+    keys = vars(value) if isinstance(value, BaseModel) else value if isinstance(value, dict) else ()
     return next((key for key in ("shipped", "puzzles") if key in keys), None)
 
 
@@ -55,11 +57,16 @@ Source = Annotated[
     Discriminator(
         _source_kind,
         custom_error_type="source",
-        custom_error_message="a source is the path of a .jsonl, .parquet or .txt file, or a mapping with 'shipped' or 'puzzles'",
+        custom_error_message="a source is the path of a .jsonl, .parquet or .txt file, "
+        "or a mapping with 'shipped' or 'puzzles'",
     ),
 ]
-# One source may be written without the list.
-Sources = Annotated[list[Source], Field(min_length=1), BeforeValidator(lambda v: v if isinstance(v, list) else [v])]
+Sources = Annotated[
+    list[Source],
+    Field(min_length=1),
+    # One source may be written without the list.
+    BeforeValidator(lambda v: v if isinstance(v, list) else [v], json_schema_input_type=Source | list[Source]),
+]
 
 
 class Select(Section):

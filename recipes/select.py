@@ -44,5 +44,3 @@ def selected_rows(run: RunFolder, control: bool = False) -> list[Row]:
 
 def _write_rows(path: Any, rows: list[Row]) -> None:
     write_atomic(path, "".join(json.dumps(row, default=str) + "\n" for row in rows).encode())
-
-

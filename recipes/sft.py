@@ -3,8 +3,8 @@
 from datasets import Dataset
 from trl import SFTConfig, SFTTrainer
 
-from .rows import Row, read_sources, tokenize
 from .progress import Report
+from .rows import Row, read_sources, tokenize
 from .run_folder import RunFolder
 from .schema import Recipe, Sft
 from .select import selected_rows

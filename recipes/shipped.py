@@ -7,6 +7,8 @@ from pathlib import Path
 from .faults import Fault, RecipeError
 from .yaml12 import read
 
+SCHEMA = "recipe.schema.json"
+
 
 def shipped() -> dict[str, str]:
     """Name and description of each."""
@@ -29,18 +31,20 @@ def shipped_text(name: str) -> str:
 
 
 def copy_recipe(name: str, to: Path) -> Path:
-    """Write a shipped recipe to a new file.
+    """Write a shipped recipe to a new file, and beside it the schema that its first line names to editors.
 
     Raises:
-        RecipeError: there is none of this name, or the file exists.
+        RecipeError: there is none of this name, the file exists, or it cannot be written.
     """
-    text = shipped_text(name)
+    content = shipped_text(name).encode()
     try:
-        with to.open("x") as file:
-            # The schema stands beside the shipped file; an editor finds it for a copy only if it is copied too.
-            file.write(text)
+        with to.open("xb") as file:
+            file.write(content)
+        (to.parent / SCHEMA).write_bytes(_bytes(SCHEMA))
     except FileExistsError:
         raise RecipeError([Fault(str(to), "the file exists and was left as it is; give another name")]) from None
+    except OSError as error:
+        raise RecipeError([Fault(str(to), f"the file cannot be written: {error.strerror}")]) from None
     return to
 
 

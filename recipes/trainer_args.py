@@ -1,6 +1,7 @@
 """The `trainer:` sections: every field of TRL's SFTConfig and GRPOConfig, typed, without instantiating them.
 
 The classes themselves cannot check a recipe: they start the accelerator, and stop at the first fault.
+Values are taken as they stand: `max_steps: true` is not 1. A whole number is fine where a number is asked for.
 """
 
 import dataclasses
@@ -26,14 +27,19 @@ SET_BY_KRONTUNE = {
 }
 
 
+def set_by_krontune(key: str) -> str | None:
+    """Why a field of TRL's cannot be set under `trainer:`; None where it can, or is no field."""
+    return SET_BY_KRONTUNE.get("push_to_hub" if key.startswith("hub_") else key)
+
+
 def _section(name: str, config_class: Any) -> type[BaseModel]:
     hints = get_type_hints(config_class)
     fields: dict[str, Any] = {
         f.name: (_plain(hints[f.name]), Field(None, description=f.metadata.get("help")))
         for f in dataclasses.fields(config_class)
-        if f.init and f.name not in SET_BY_KRONTUNE and not f.name.startswith("hub_")
+        if f.init and not set_by_krontune(f.name)
     }
-    config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+    config = ConfigDict(extra="forbid", frozen=True, strict=True, protected_namespaces=())
     return create_model(name, __config__=config, __doc__=f"Any field of trl.{config_class.__name__}.", **fields)
 
 
@@ -44,6 +50,8 @@ def _plain(hint: Any) -> Any:
     if get_origin(hint) in (Union, types.UnionType):
         members = [_plain(member) for member in get_args(hint)]
         return Union[tuple(m for m in members if m is not None)]  # noqa: UP007 - built at run time
+    if get_origin(hint) is list:
+        return list[_plain(get_args(hint)[0])]
     if hint in (bool, int, float, str, type(None), Any) or get_origin(hint) is not None or hint in (dict, list):
         return hint
     return None

@@ -18,7 +18,11 @@ ADAPTER = "adapter"
 
 def load_recipe_base(base: BaseModelSection) -> tuple[Any, Any]:
     return load_base(
-        base.model, base.quantization, revision=base.revision, trust_remote_code=base.trust_remote_code
+        base.model,
+        base.quantization,
+        attn_implementation=base.attn_implementation,
+        revision=base.revision,
+        trust_remote_code=base.trust_remote_code,
     )
 
 
@@ -52,7 +56,9 @@ def trainer_arguments(recipe: Recipe, trainer: Any, folder: Path) -> dict[str, A
     }
 
 
-def train(trainer: Trainer, run: RunFolder, stage: str, folder: Path, tokenizer: Any, **facts: Callable[[], Any]) -> None:
+def train(
+    trainer: Trainer, run: RunFolder, stage: str, folder: Path, tokenizer: Any, **facts: Callable[[], Any]
+) -> None:
     """Train, save the adapter, and mark the stage as done; `facts` are called then and recorded with it."""
     trainer.remove_callback(PrinterCallback)
     trainer.train()

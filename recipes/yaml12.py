@@ -13,10 +13,8 @@ Anchors, aliases and merge keys (`<<: *defaults`) work; merge keys come from YAM
 recipes share trainer settings with them. A mapping's own keys win over merged ones.
 """
 
-import copy
-import difflib
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,6 +23,7 @@ from yaml.composer import ComposerError
 from yaml.reader import Reader
 
 from .faults import Fault, RecipeError
+from .syntax_words import plain_words
 
 MAX_NODES = 100_000
 MAX_DEPTH = 64
@@ -69,39 +68,12 @@ def read(text: str | bytes, name: str) -> Document:
     def place(line: int, column: int) -> str:
         return f"{name}:{line + 1}:{column + 1}"
 
-    root, data, marks = _parse(text, place)
+    root, data, marks = parse(text, place)
     if root is None or data is None:
         raise RecipeError([Fault(place(0, 0), "the recipe is empty; it must be a mapping of keys")])
     if not isinstance(data, dict):
-        raise RecipeError([Fault(marks[()], f"a recipe must be a mapping of keys, not {_kind(data)}")])
+        raise RecipeError([Fault(marks[()], f"a recipe must be a mapping of keys, not {kind_of(data)}")])
     return Document(name, data, marks)
-
-
-def apply_overrides(document: Document, overrides: Iterable[str]) -> Document:
-    """A copy of the document with each `path.to.key=value` put in, in order; a later one wins.
-
-    The value is a YAML 1.2 scalar or a flow value (`[1, 2]`, `{a: 1}`). A list item is picked by its number
-    from 0, or, where the items are mappings with a `stage` key, by the name of the stage. A mapping takes new
-    keys, and missing mappings on the way are made: validation judges their names. Keys that contain a dot
-    cannot be reached; give the mapping that holds them as a flow value.
-
-    Raises RecipeError with the faults of all overrides.
-    """
-    data, marks, faults = copy.deepcopy(document.data), dict(document.marks), []
-    for override in overrides:
-        where = "override " + _short(override)
-        try:
-            path, value = _override(override, where)
-            path = _put(data, path, value, where)
-        except RecipeError as error:
-            faults += error.faults
-            continue
-        marks = {at: mark for at, mark in marks.items() if at[: len(path)] != path}
-        # A mapping that the override had to make is its doing as well.
-        marks |= {path[:n]: where for n in range(1, len(path) + 1) if path[:n] not in marks}
-    if faults:
-        raise RecipeError(faults)
-    return Document(document.name, data, marks)
 
 
 # ---------------------------------------------------------------- text to nodes
@@ -123,7 +95,7 @@ def _line_column(before: str) -> tuple[int, int]:
     return len(lines) - 1, len(lines[-1])
 
 
-def _parse(text: str, place: Place) -> tuple[yaml.Node | None, Any, dict[Path, str]]:
+def parse(text: str, place: Place) -> tuple[yaml.Node | None, Any, dict[Path, str]]:
     """The root node, its plain value and the place of every path; raises RecipeError with all faults."""
     bad = Reader.NON_PRINTABLE.search(text)
     if bad:
@@ -137,7 +109,7 @@ def _parse(text: str, place: Place) -> tuple[yaml.Node | None, Any, dict[Path, s
         tree = _Tree(loader, place)
         data = tree.value(root, ())
     except yaml.MarkedYAMLError as error:
-        mark, words = _plain_words(error, loader.get_mark())
+        mark, words = plain_words(error, loader.get_mark())
         fault = Fault(place(mark.line, mark.column), words)
         raise RecipeError([*loader.faults, fault]) from None
     except (ValueError, OverflowError):  # PyYAML hands "\UFFFFFFFF" to chr() unchecked
@@ -150,56 +122,6 @@ def _parse(text: str, place: Place) -> tuple[yaml.Node | None, Any, dict[Path, s
     return root, data, tree.marks
 
 
-_SYNTAX = {  # what PyYAML says -> what a person can act on; {0} is a group, {line} where the construct begins
-    r"found character '\\t'": "a tab cannot indent; use spaces",
-    r"found character (.+) that cannot start": "a value cannot begin with {0}; put it in quotes",
-    r"mapping values are not allowed": "a ': ' cannot stand here; put the value in quotes or indent it",
-    r"sequence entries are not allowed": "a list item '- ' cannot stand here; begin a new line for it",
-    r"mapping keys are not allowed": "a '? ' cannot stand here; put the value in quotes",
-    r"expected <block end>": "this does not fit the block of line {line}; check indentation and quotes",
-    r"expected ',' or '(.)'": "a ',' or '{0}' is missing; the bracket was opened in line {line}",
-    r"undefined alias '(.*)'": "there is no anchor &{0} above; put the value in quotes if it is text",
-    r"second occurrence": "this anchor was already given in line {line}; choose another name",
-    r"found another document": "a file holds one recipe; remove this second document",
-    r"expected '<document start>'": "this does not fit what stands above; check brackets and indentation",
-    r"expected the node content": "a value is missing here",
-    r"incompatible YAML document": "only YAML 1 is read; remove the line %YAML",
-    r"undefined tag handle": "tags (!name) are not allowed; put the value in quotes if it is text",
-    r"unknown escape character (.+)": "{0} after a backslash is not an escape; use single quotes",
-    r"expected escape sequence": "this escape needs more digits; use single quotes if none is meant",
-}
-
-
-_UNFINISHED = {  # reported where the construct begins, not where PyYAML gives up
-    r"could not find expected ':'": "a key must stand here, and no ': ' follows this text",
-    r"unexpected (end of stream|document sep)": "the quoted text that begins here is never closed",
-}
-_CONSTRUCTS = {
-    "directive": "a line that begins with '%' is not allowed here; put the text in quotes",
-    "block scalar": "after '|' or '>' only '+', '-', a digit from 1 to 9 or a comment may stand in the line",
-    "alias": "'*' begins an alias, and no name of one follows; put the value in quotes",
-    "anchor": "'&' begins an anchor, and no name of one follows; put the value in quotes",
-    "tag": "'!' begins a tag, and tags are not allowed; put the value in quotes",
-}
-
-
-def _plain_words(error: yaml.MarkedYAMLError, last: yaml.Mark) -> tuple[yaml.Mark, str]:
-    mark = error.problem_mark or last
-    begin = error.context_mark or mark
-    problem, context = str(error.problem), error.context or ""
-    for pattern, words in _UNFINISHED.items():
-        if re.search(pattern, problem):
-            return begin, words
-    for pattern, words in _SYNTAX.items():
-        match = re.search(pattern, problem)
-        if match:
-            return mark, words.format(*match.groups(), line=begin.line + 1)
-    for construct, words in _CONSTRUCTS.items():
-        if context.endswith(construct):
-            return mark, words
-    return mark, re.sub(r"'?<(.+?)>'?", r"\1", problem).replace("'\\x00'", "the end of the file")
-
-
 # ---------------------------------------------------------------- nodes to values
 
 _TAG = "tag:yaml.org,2002:"
@@ -207,12 +129,19 @@ _SCALARS = {
     "null": re.compile(r"null|Null|NULL|~|"),
     "bool": re.compile(r"true|True|TRUE|false|False|FALSE"),
     "int": re.compile(r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+"),
-    "float": re.compile(
-        r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)"
-    ),
+    "float": re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)"),
     "str": re.compile(r"(?s:.*)"),
 }
 _COLLECTIONS = {"seq": yaml.SequenceNode, "map": yaml.MappingNode}
+
+
+def is_plain_text(text: str) -> bool:
+    """Whether `text`, written without quotes, is read as text and not as a number, a truth value or null."""
+    return _kind_of_plain(text) == "str"
+
+
+def _kind_of_plain(text: str) -> str:
+    return next(name for name, form in _SCALARS.items() if form.fullmatch(text))
 
 
 class _Loader(yaml.SafeLoader):
@@ -237,7 +166,7 @@ class _Loader(yaml.SafeLoader):
         tag = getattr(event, "tag", None)  # an alias event has none
         if tag is not None and not (tag.startswith(_TAG) and _fits(tag.removeprefix(_TAG), node)):
             shown = tag.replace(_TAG, "!!")
-            message = f"the tag {_short(shown)} is not allowed here; remove it"
+            message = f"the tag {shorten(shown)} is not allowed here; remove it"
             self.faults.append(Fault(self.place(event.start_mark.line, event.start_mark.column), message))
         return node
 
@@ -245,8 +174,7 @@ class _Loader(yaml.SafeLoader):
         if kind is not yaml.ScalarNode:
             return super().resolve(kind, value, implicit)
         # Quoted text is text; the first pattern that takes all of a plain scalar names its type.
-        forms = _SCALARS.items() if implicit[0] else ()
-        return _TAG + next((name for name, form in forms if form.fullmatch(value)), "str")
+        return _TAG + (_kind_of_plain(value) if implicit[0] else "str")
 
 
 def _fits(tag: str, node: yaml.Node | None) -> bool:
@@ -317,7 +245,7 @@ class _Tree:
             key = self.key(key_node)
             if key in own:
                 first = self.at(own[key][0].start_mark)
-                self.fault(key_node, f"key {_short(key)} is given twice; the first stands at {first}")
+                self.fault(key_node, f"key {shorten(key)} is given twice; the first stands at {first}")
             if key is None or key in own:
                 self.value(value_node, ())  # what it holds may have faults of its own
             else:
@@ -342,8 +270,8 @@ class _Tree:
         if isinstance(value, str):
             return value
         if isinstance(node, yaml.ScalarNode):
-            hint = f"; put it in quotes: '{_short(node.value)[1:-1]}'" if node.value else ""
-            self.fault(node, f"a key must be text, and this is {_kind(value)}{hint}")
+            hint = f"; put it in quotes: '{shorten(node.value)[1:-1]}'" if node.value else ""
+            self.fault(node, f"a key must be text, and this is {kind_of(value)}{hint}")
         else:
             self.fault(node, "a key must be text, not a list or a mapping")
         return None
@@ -353,14 +281,14 @@ class _Tree:
         if name not in _SCALARS:
             return text  # its tag is a fault already
         if not _SCALARS[name].fullmatch(text):
-            return self.fault(node, f"{_short(text)} is not what its tag !!{name} says")
+            return self.fault(node, f"{shorten(text)} is not what its tag !!{name} says")
         if name == "str" and re.search("[\ud800-\udfff]", text):
             return self.fault(node, "an escape here is half of a character; write the character itself")
         if name == "int" and len(text) > MAX_DIGITS:
             return self.fault(node, f"a number of {len(text)} digits is too long; {MAX_DIGITS} are allowed")
         number = _CONVERT[name](text)
         if name == "float" and abs(number) == float("inf") and "inf" not in text.lower():
-            return self.fault(node, f"{_short(text)} is too large for a number; write .inf for infinity")
+            return self.fault(node, f"{shorten(text)} is too large for a number; write .inf for infinity")
         return number
 
 
@@ -378,70 +306,7 @@ _CONVERT: dict[str, Callable[[str], Any]] = {
 }
 
 
-# ---------------------------------------------------------------- overrides and paths
-
-
-def _override(override: str, where: str) -> tuple[list[str], Any]:
-    target, equals, text = override.partition("=")
-    steps = target.strip().split(".")
-    if not equals or not all(steps):
-        raise _refused(where, "an override is written path.to.key=value")
-    if len(steps) > MAX_DEPTH:
-        raise _refused(where, f"a path has at most {MAX_DEPTH} steps, this one has {len(steps)}")
-    root, value, _ = _parse(text, lambda line, column: where)
-    start, end = (root.start_mark.index, root.end_mark.index) if root else (0, 0)
-    # A comment or a document marker would be dropped silently: `color=#fff` would become null.
-    if text[:start].strip() or text[end:].strip():
-        raise _refused(where, f"not all of {_short(text)} is a value; put it in YAML quotes")
-    if isinstance(root, yaml.CollectionNode) and not root.flow_style:
-        raise _refused(where, f"{_short(text)} must be written {{key: value}} or [item], or in quotes")
-    return steps, value
-
-
-def _put(data: Any, steps: list[str], value: Any, where: str) -> Path:
-    """Set the value in place; returns the path in the data, with list items by number."""
-    path: Path = ()
-    for n, step in enumerate(steps):
-        here = ".".join(steps[:n])
-        last = n == len(steps) - 1
-        key: Any = step
-        if isinstance(data, list):
-            key = _item(data, step, here, where)
-        elif not isinstance(data, dict):
-            kind = _short(data) if isinstance(data, str) else _kind(data)
-            raise _refused(where, f"{here} is {kind} and has no key {_short(step)}")
-        elif not last and data.get(key) is None:
-            data[key] = {}
-        path = (*path, key)
-        if last:
-            data[key] = value
-        else:
-            data = data[key]
-    return path
-
-
-def _item(items: list[Any], step: str, here: str, where: str) -> int:
-    """The number of the list item that a step of an override names."""
-    stages = [item.get("stage") if isinstance(item, dict) else None for item in items]
-    found = [index for index, stage in enumerate(stages) if stage == step]
-    if len(found) == 1:
-        return found[0]
-    if found:
-        numbers = " or ".join(str(index) for index in found)
-        raise _refused(where, f"{len(found)} items of {here} are {_short(step)}; give its number: {numbers}")
-    if re.fullmatch("[0-9]{1,9}", step) and int(step) < len(items):
-        return int(step)
-    count = f"{here} has {len(items)} items, numbered from 0" if items else f"{here} is an empty list"
-    names = list(dict.fromkeys(stage for stage in stages if isinstance(stage, str)))
-    if re.fullmatch("[-+]?[0-9]+", step) or not names:
-        raise _refused(where, f"no item {_short(step)}: {count}")
-    close = difflib.get_close_matches(step, names, 1)
-    hint = f"; did you mean {close[0]!r}?" if close else ""
-    raise _refused(where, f"no item {_short(step)}: {count}, with the stages {', '.join(names)}{hint}")
-
-
-def _refused(where: str, message: str) -> RecipeError:
-    return RecipeError([Fault(where, message)])
+# ---------------------------------------------------------------- places and words
 
 
 def _existing(data: Any, path: Sequence[str | int]) -> Path:
@@ -456,10 +321,10 @@ def _existing(data: Any, path: Sequence[str | int]) -> Path:
     return max(reached, key=len)
 
 
-def _kind(value: Any) -> str:
+def kind_of(value: Any) -> str:
     words = {type(None): "null", bool: "true or false", int: "a number", float: "a number", str: "text"}
     return words.get(type(value), "a list" if isinstance(value, list) else "a mapping")
 
 
-def _short(text: str) -> str:
+def shorten(text: str) -> str:
     return repr(text if len(text) <= 60 else text[:57] + "...")

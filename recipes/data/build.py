@@ -35,9 +35,7 @@ DOC_CAP, BOOK_CAP = 450, 1300  # most paragraphs taken from one package, from on
 
 # --- from marked-up text to prose ---
 
-NOT_PROSE = re.compile(
-    r"[-*+|#:@>=~^!\[\]<{}]|\.\. |\d+[.)]\s|```|Copyright|(Args|Returns|Note):|TODO|[\w.]+ : "
-)
+NOT_PROSE = re.compile(r"[-*+|#:@>=~^!\[\]<{}]|\.\. |\d+[.)]\s|```|Copyright|(Args|Returns|Note):|TODO|[\w.]+ : ")
 UNDERLINE = re.compile(r"([=\-~^*#\"'`+.])\1{2,}")
 CODE_SIGNS = re.compile(r"\w@\w|://|==|\)\.|->|=>|::|[{}\\|<>=`]|[^\x20-\x7e\u00a0-\u024f\u2010-\u2026]")
 INLINE_MARKUP = [

@@ -107,13 +107,12 @@ class Lis(CertificateTask):
         )
 
     def prompt(self, instance: Instance, hint: bool = False) -> str:
-        """The question in some 70 tokens for five rows; `hint` adds the textbook method in one line."""
+        """The question in some 60 tokens for five rows; `hint` adds the textbook method in one line."""
         lines = [
-            "Choose as many rows as possible whose values strictly increase from top to bottom.",
+            "Choose the most rows whose values strictly increase downwards.",
             table(self.columns, instance.rows),
-            "Reply with the chosen values, their ids and their count:",
-            "values v < v < v",
-            r"\ids{id,id,id} \answer{count}",
+            "Reply: values v < v",
+            r"\ids{id,id} \answer{count}",
         ]
         if hint:
             lines.insert(

@@ -19,7 +19,8 @@ app = typer.Typer(
 
 RecipeName = Annotated[str, typer.Argument(help="A recipe file, or the name of a shipped recipe.")]
 Overrides = Annotated[
-    list[str] | None, typer.Argument(help="path.to.key=value, e.g. stages.sft.trainer.max_steps=10", metavar="[KEY=VALUE]...")
+    list[str] | None,
+    typer.Argument(help="path.to.key=value, e.g. stages.sft.trainer.max_steps=10", metavar="[KEY=VALUE]..."),
 ]
 Traceback = Annotated[bool, typer.Option("--traceback", help="Print the whole traceback of an error.")]
 
@@ -71,10 +72,14 @@ def run(
 @app.command("recipes")
 def list_recipes() -> None:
     """List the shipped recipes."""
-    from .recipes.shipped import shipped
 
-    for name, description in shipped().items():
-        typer.echo(f"{name}: {description}")
+    def body() -> None:
+        from .recipes.shipped import shipped
+
+        for name, description in shipped().items():
+            typer.echo(f"{name}: {description}")
+
+    _guarded(body, show_traceback=False)
 
 
 @app.command()
@@ -95,9 +100,13 @@ def copy(
 @app.command()
 def schema() -> None:
     """Print the JSON schema of recipes, for editors."""
-    from .recipes.json_schema import recipe_schema
 
-    typer.echo(recipe_schema(), nl=False)
+    def body() -> None:
+        from .recipes.json_schema import recipe_schema
+
+        typer.echo(recipe_schema(), nl=False)
+
+    _guarded(body, show_traceback=False)
 
 
 def _guarded(body: Callable[[], Any], show_traceback: bool) -> None:

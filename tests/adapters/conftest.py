@@ -8,8 +8,10 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+torch.set_num_threads(1)  # on models this small, threads that wait for each other cost a hundred times the work
 
-def tiny_llama(**changes) -> LlamaForCausalLM:
+
+def build_llama(**changes) -> LlamaForCausalLM:
     options = {
         "vocab_size": 128,
         "hidden_size": 64,
@@ -42,16 +44,22 @@ def character_tokenizer():
 
 
 @pytest.fixture
+def tiny_llama():
+    """A function that builds the random Llama, with changes to its config."""
+    return build_llama
+
+
+@pytest.fixture
 def tiny() -> LlamaForCausalLM:
     """A fresh random Llama in float32."""
-    return tiny_llama()
+    return build_llama()
 
 
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory) -> Path:
     """The same model and a tokenizer of single characters, as a checkpoint."""
     folder = tmp_path_factory.mktemp("tiny-llama")
-    tiny_llama().save_pretrained(folder)
+    build_llama().save_pretrained(folder)
     character_tokenizer().save_pretrained(folder)
     return folder
 
@@ -60,7 +68,7 @@ def tiny_folder(tmp_path_factory) -> Path:
 def tied_folder(tmp_path_factory) -> Path:
     """A model whose output layer shares the weight of its embedding."""
     folder = tmp_path_factory.mktemp("tied-llama")
-    tiny_llama(tie_word_embeddings=True).save_pretrained(folder)
+    build_llama(tie_word_embeddings=True).save_pretrained(folder)
     character_tokenizer().save_pretrained(folder)
     return folder
 

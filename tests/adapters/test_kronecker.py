@@ -113,9 +113,7 @@ def test_products_of_equal_shape_share_one_call(monkeypatch):
     x, a, b, gate = make((12, 30), [(3, 5), (2, 15), (3, 5), (3, 5), (2, 15)], FEW)
     sizes = []
     original = kronecker.kron_group
-    monkeypatch.setattr(
-        kronecker, "kron_group", lambda x, a, b, g: sizes.append(a.shape[0]) or original(x, a, b, g)
-    )
+    monkeypatch.setattr(kronecker, "kron_group", lambda x, a, b, g: sizes.append(a.shape[0]) or original(x, a, b, g))
     kron_mix(x, a, b, gate)
     assert sorted(sizes) == [2, 3]
 
@@ -176,9 +174,7 @@ def parameters(n_out, n_in, shape):
     return a_out * a_in + (n_out // a_out) * (n_in // a_in)
 
 
-@pytest.mark.parametrize(
-    ("n_out", "n_in"), [(576, 576), (192, 576), (64, 128), (7, 13), (1, 1), (96, 100), (11, 64)]
-)
+@pytest.mark.parametrize(("n_out", "n_in"), [(576, 576), (192, 576), (64, 128), (7, 13), (1, 1), (96, 100), (11, 64)])
 @pytest.mark.parametrize("n_shapes", [1, 3, 5])
 def test_balanced_shapes_divide_are_distinct_and_cheap(n_out, n_in, n_shapes):
     shapes = balanced_shapes(n_out, n_in, n_shapes)

@@ -17,7 +17,8 @@ from pydantic import (
 )
 
 from krontune.recipes.faults import Fault, RecipeError, faults_from_validation
-from krontune.recipes.yaml12 import apply_overrides, read
+from krontune.recipes.overrides import apply_overrides
+from krontune.recipes.yaml12 import read
 
 
 class Strict(BaseModel):
@@ -298,12 +299,8 @@ def test_tag_that_is_also_the_name_of_a_key_is_kept_apart():
     class Top(Strict):
         part: Annotated[Inner | Other, Field(discriminator="kind")]
 
-    assert faults_of("part: {kind: inner, inner: x}", model=Top) == [
-        "r:1:21: inner: 'x' is not a whole number"
-    ]
-    assert faults_of("part: {kind: inner, iner: 1}", model=Top) == [
-        "r:1:21: unknown key 'iner'; did you mean 'inner'?"
-    ]
+    assert faults_of("part: {kind: inner, inner: x}", model=Top) == ["r:1:21: inner: 'x' is not a whole number"]
+    assert faults_of("part: {kind: inner, iner: 1}", model=Top) == ["r:1:21: unknown key 'iner'; did you mean 'inner'?"]
 
 
 def test_models_that_contain_themselves_do_not_loop():

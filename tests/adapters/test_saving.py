@@ -1,0 +1,174 @@
+"""Registration with PEFT, and adapters that are saved and read again."""
+
+import copy
+import json
+import pickle
+import subprocess
+import sys
+
+import pytest
+import torch
+from peft import AutoPeftModelForCausalLM, PeftConfig, PeftModel, get_peft_model
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
+from peft.utils.peft_types import PeftType
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from krontune.adapters import MokaConfig, MokaModel, layer, register
+
+
+def logits(model, tokens):
+    with torch.no_grad():
+        return model(tokens).logits
+
+
+@pytest.fixture
+def saved(tiny_folder, tokens, shake, tmp_path):
+    """(folder of a trained-like adapter, the logits it gives)."""
+    base = AutoModelForCausalLM.from_pretrained(tiny_folder)
+    model = shake(get_peft_model(base, MokaConfig(target_modules="all-linear", r=4, n_shapes=3, alpha=2.0)))
+    model.save_pretrained(tmp_path / "adapter")
+    return tmp_path / "adapter", logits(model.eval(), tokens)
+
+
+def in_a_fresh_process(code, *arguments):
+    run = subprocess.run(
+        [sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True, timeout=120
+    )
+    return run.returncode, run.stdout.strip(), run.stderr
+
+
+def test_a_saved_adapter_gives_the_same_logits(saved, tiny_folder, tokens):
+    folder, expected = saved
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_folder), folder)
+    assert torch.equal(logits(model, tokens), expected)
+    assert not any(p.requires_grad for p in model.parameters())
+
+
+def test_a_saved_adapter_can_be_trained_on(saved, tiny_folder, tokens):
+    folder, _ = saved
+    base = AutoModelForCausalLM.from_pretrained(tiny_folder)
+    model = PeftModel.from_pretrained(base, folder, is_trainable=True)
+    model(input_ids=tokens, labels=tokens).loss.backward()
+    assert all(p.grad is not None and p.grad.any() for n, p in model.named_parameters() if ".moka_" in n)
+
+
+def test_low_cpu_mem_usage_and_a_second_adapter(saved, tiny_folder, tokens):
+    folder, expected = saved
+    base = AutoModelForCausalLM.from_pretrained(tiny_folder)
+    model = PeftModel.from_pretrained(base, folder, adapter_name="one", low_cpu_mem_usage=True)
+    model.load_adapter(folder, adapter_name="two", low_cpu_mem_usage=True)
+    assert torch.equal(logits(model, tokens), expected)
+    model.set_adapter("two")
+    assert torch.equal(logits(model, tokens), expected)
+
+
+def test_transformers_loads_and_adds_adapters_itself(saved, tiny_folder, tokens):
+    folder, expected = saved
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(folder), tokens), expected)
+    model = AutoModelForCausalLM.from_pretrained(tiny_folder)
+    base = logits(model, tokens)
+    model.load_adapter(folder)
+    assert torch.equal(logits(model, tokens), expected)
+    model.disable_adapters()
+    assert torch.equal(logits(model, tokens), base)
+
+
+def test_a_fresh_process_that_imports_the_room_reads_the_adapter(saved, tokens, tmp_path):
+    folder, expected = saved
+    torch.save({"tokens": tokens, "expected": expected}, tmp_path / "check.pt")
+    (tmp_path / "config.pickle").write_bytes(pickle.dumps(PeftConfig.from_pretrained(folder)))
+    code = """
+import sys, pickle, torch, krontune.adapters
+from peft import AutoPeftModelForCausalLM
+torch.set_num_threads(1)
+check = torch.load(sys.argv[2])
+model = AutoPeftModelForCausalLM.from_pretrained(sys.argv[1])
+with torch.no_grad():
+    torch.testing.assert_close(model(check["tokens"]).logits, check["expected"])
+print(pickle.load(open(sys.argv[3], "rb")).peft_type.name)
+"""
+    status, out, err = in_a_fresh_process(code, folder, tmp_path / "check.pt", tmp_path / "config.pickle")
+    assert (status, out) == (0, "MOKA"), err
+
+
+def test_a_peft_with_another_moka_is_refused_at_import():
+    code = """
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+class Foreign: pass
+PEFT_TYPE_TO_CONFIG_MAPPING["MOKA"] = Foreign
+import krontune.adapters
+"""
+    status, _, err = in_a_fresh_process(code)
+    assert status == 1
+    assert "RuntimeError: peft" in err and "already has a tuner named MOKA (__main__.Foreign)" in err
+
+
+def test_registration_is_idempotent():
+    register(), register()
+    assert PEFT_TYPE_TO_CONFIG_MAPPING[PeftType.MOKA] is MokaConfig
+    assert PEFT_TYPE_TO_TUNER_MAPPING[PeftType.MOKA] is MokaModel
+    assert [member.name for member in PeftType].count("MOKA") == 1
+
+
+def test_the_enum_member_is_a_full_one():
+    member = PeftType.MOKA
+    assert (member.name, member.value) == ("MOKA", "MOKA")
+    assert isinstance(member, PeftType) and member == "MOKA"
+    assert pickle.loads(pickle.dumps(member)) is member
+    assert copy.deepcopy(member) is member
+    assert PeftType("MOKA") is member and PeftType["MOKA"] is member
+    assert member in list(PeftType) and json.dumps(member) == '"MOKA"'
+
+
+def test_the_config_survives_json(tmp_path):
+    config = MokaConfig(
+        r=4,
+        shapes=[(8, 16), (4, 2)],
+        gate="none",
+        dropout=0.1,
+        target_modules=["q_proj"],
+        rank_pattern={"q_proj": 3},
+        alpha_pattern={"q_proj": 0.5},
+    )
+    config.save_pretrained(tmp_path)
+    again = PeftConfig.from_pretrained(tmp_path)
+    assert isinstance(again, MokaConfig)
+    assert [tuple(shape) for shape in again.shapes] == config.shapes
+    for name in (
+        "r",
+        "alpha",
+        "gate",
+        "dropout",
+        "target_modules",
+        "rank_pattern",
+        "alpha_pattern",
+        "peft_type",
+    ):
+        assert getattr(again, name) == getattr(config, name)
+
+
+def test_an_adapter_keeps_its_shapes_where_balanced_shapes_has_changed(saved, tokens, monkeypatch):
+    folder, expected = saved
+    resolved = json.loads((folder / "adapter_config.json").read_text())["resolved_shapes"]
+    assert set(resolved) == {"64x64", "32x64", "128x64", "64x128"}
+    monkeypatch.setattr(layer, "balanced_shapes", lambda n_out, n_in, n_shapes: [(1, n_in)])
+    assert torch.equal(logits(AutoPeftModelForCausalLM.from_pretrained(folder), tokens), expected)
+
+
+def test_explicit_shapes_of_a_config_win_over_those_of_an_earlier_model(tiny_llama):
+    config = MokaConfig(target_modules=["q_proj"], r=2)
+    get_peft_model(tiny_llama(), config)
+    config.shapes = [(4, 2)]
+    model = get_peft_model(tiny_llama(), config)
+    moka = model.base_model.model.model.layers[0].self_attn.q_proj
+    assert [tuple(a.shape) for a in moka.moka_A["default"]] == [(2, 4, 2)]
+
+
+def test_only_the_adapter_and_the_modules_to_save_are_written(tiny, tmp_path):
+    model = get_peft_model(tiny, MokaConfig(target_modules=["q_proj"], modules_to_save=["lm_head"]))
+    model.save_pretrained(tmp_path)
+    names = set(load_file(tmp_path / "adapter_model.safetensors"))
+    assert "base_model.model.lm_head.weight" in names
+    assert all(".q_proj.moka_" in name for name in names - {"base_model.model.lm_head.weight"})
+    assert "base_model.model.model.layers.1.self_attn.q_proj.moka_gate.logits" in names
