@@ -32,7 +32,7 @@ class MokaConfig(PeftConfig):
         n_shapes: over how many shapes the products are spread, as evenly as r allows (paper: 5 shapes, r = 10).
         shapes: "balanced" (see `kronecker.balanced_shapes`), or a list of (a_out, a_in) used for every adapted layer;
             a_out must divide the layer's out_features and a_in its in_features.
-        alpha: scale of the update; None stands for r, and is replaced by it.
+        alpha: scale of the update; None stands for the layer's r, so that every product begins at weight 1.
         gate: "softmax", or "none" for the fixed weight 1 / r (the ablation).
         dropout: dropout on the adapter's input.
         target_modules: names, a regular expression, or "all-linear"; None takes PEFT's choice for the architecture
@@ -44,8 +44,8 @@ class MokaConfig(PeftConfig):
         alpha_pattern: alpha for modules whose name matches.
         modules_to_save: modules trained in full and saved with the adapter.
         init_weights: True as above; False draws B as A, so that the adapter is not the identity (for tests).
-        resolved_shapes: written by the tuner: the shapes in use for each layer size, e.g. {"576x192": [[24, 12]]}. It
-            is saved, so that a later version with another choice of balanced shapes loads today's adapters.
+        resolved_shapes: written by the tuner: the shapes in use for each layer size, e.g. {"576x192:5": [[24, 12], ...]}
+            (outputs, inputs, n_shapes). It is saved, so that a later version with another choice of balanced shapes loads today's adapters.
 
     Raises:
         AdapterError: a value is out of range; the message names it.
@@ -74,8 +74,6 @@ class MokaConfig(PeftConfig):
         for name in ("target_modules", "exclude_modules"):
             value = getattr(self, name)
             setattr(self, name, set(value) if isinstance(value, list) else value)
-        if self.alpha is None:
-            self.alpha = float(self.r)
         self._check()
 
     def _check(self) -> None:
@@ -85,7 +83,7 @@ class MokaConfig(PeftConfig):
         if not isinstance(self.n_shapes, int) or isinstance(self.n_shapes, bool) or self.n_shapes < 1:
             raise AdapterError(f"n_shapes must be a whole number of at least 1, got {self.n_shapes!r}")
         alphas = {f"alpha_pattern[{k!r}]": v for k, v in self.alpha_pattern.items()}
-        for name, value in {"alpha": self.alpha, **alphas}.items():
+        for name, value in {**({} if self.alpha is None else {"alpha": self.alpha}), **alphas}.items():
             if not isinstance(value, (int, float)) or not 0.0 < value < inf:
                 raise AdapterError(f"{name} must be a positive number, got {value!r}")
         if self.gate not in ("softmax", "none"):

@@ -251,7 +251,7 @@ def resolve_shapes(config: MokaConfig, n_out: int, n_in: int) -> list[Shape]:
     Raises:
         AdapterError: a shape asked for does not divide the layer.
     """
-    key = f"{n_out}x{n_in}"
+    key = f"{n_out}x{n_in}:{config.n_shapes}"
     if config.shapes != "balanced":
         config.resolved_shapes[key] = [(int(o), int(i)) for o, i in config.shapes]
     elif key not in config.resolved_shapes:

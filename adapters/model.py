@@ -36,6 +36,7 @@ class MokaModel(BaseTuner):
     ) -> None:
         r = _pattern_value(peft_config.rank_pattern, current_key, peft_config.r)
         alpha = _pattern_value(peft_config.alpha_pattern, current_key, peft_config.alpha)
+        alpha = float(r) if alpha is None else alpha
         kwargs: dict[str, Any] = {"config": peft_config, "r": r, "alpha": alpha, **get_quantization_kwargs(self)}
         if isinstance(target, MokaLayer):
             target.update_layer(adapter_name, **kwargs)

@@ -10,9 +10,14 @@ from .verify import verification
 
 LABELS = {"base": "base model", "sft": "after sft", "sft-random": "after sft on the random control", "rl": "after rl"}
 
+FILE_WIDTH = 120  # of a pipe or a file, which has none of its own; the widest table needs 118
+
 
 def print_report(run: Run) -> None:
-    console = Console()
+    # Sources and folders are shown as they are written, brackets and colons too.
+    console = Console(markup=False, emoji=False)
+    if not console.is_terminal:
+        console.width = max(console.width, FILE_WIDTH)
     stages = run.record["stages"]
     if "select" in stages:
         console.print(_selection(stages["select"]))

@@ -96,8 +96,8 @@ def _tokenize_chat(messages: list[Row], tokenizer: Any, trained_from: int = 0) -
         whole = _render(messages[: number + 1], tokenizer)
         if whole[: len(start)] != start or start[: len(ids)] != ids:
             raise DataSelectionError(
-                "the model's chat template rewrites earlier turns when a later one is added, so the assistant's tokens "
-                "cannot be told from the rest; give rows with 'prompt' and 'completion' of one turn each"
+                "the model's chat template changes the tokens of earlier turns when a later one is added, so the "
+                "assistant's cannot be told from the rest; give rows with 'prompt' and 'completion' of one turn each"
             )
         labels += [-100] * (len(start) - len(labels)) + whole[len(start) :]
         ids = whole

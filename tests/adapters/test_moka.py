@@ -1,5 +1,7 @@
 """MoKA as a PEFT tuner on a tiny random Llama: structure, forward, configuration, several adapters."""
 
+from dataclasses import replace
+
 import peft
 import pytest
 import torch
@@ -119,7 +121,7 @@ def test_explicit_shapes_are_used_and_recorded(tiny):
     layer = layers(model)[0]
     assert [tuple(a.shape) for a in layer.moka_A["default"]] == [(2, 8, 16), (2, 4, 2)]
     assert [tuple(b.shape) for b in layer.moka_B["default"]] == [(2, 8, 4), (2, 16, 32)]
-    assert model.peft_config["default"].resolved_shapes == {"64x64": shapes}
+    assert model.peft_config["default"].resolved_shapes == {"64x64:5": shapes}
 
 
 def test_explicit_shapes_that_do_not_divide_the_layer_are_refused(tiny):
@@ -146,9 +148,17 @@ def test_rank_and_alpha_patterns(tiny, shake):
     assert q0.mixture_weights("default").tolist() == pytest.approx([0.25] * 6)
 
 
-def test_alpha_is_r_when_it_is_not_given():
-    assert MokaConfig(r=4).alpha == 4.0
-    assert MokaConfig(r=4, alpha=2.0).alpha == 2.0
+def test_alpha_is_the_layers_r_when_it_is_not_given(tiny):
+    config = MokaConfig(r=4, target_modules=["q_proj", "v_proj"], rank_pattern={"v_proj": 2})
+    attention = get_peft_model(tiny, config).base_model.model.model.layers[0].self_attn
+    assert (attention.q_proj.moka_alpha["default"], attention.v_proj.moka_alpha["default"]) == (4.0, 2.0)
+
+
+def test_a_config_used_again_with_other_n_shapes_takes_other_shapes(tiny_llama):
+    config = MokaConfig(r=4, n_shapes=4, target_modules=["q_proj"])
+    get_peft_model(tiny_llama(), config)
+    model = get_peft_model(tiny_llama(), replace(config, n_shapes=2))
+    assert layers(model)[0].moka_counts["default"] == [2, 2]
 
 
 def test_layers_to_transform_and_exclude_modules(tiny):
