@@ -21,25 +21,18 @@ class Gate(nn.Module):
         super().__init__()
         self.logits = nn.Parameter(torch.zeros(r), requires_grad=learned) if learned else None
         self.r = r
-        self.keep_fp32 = True
 
     def forward(self, device: torch.device) -> torch.Tensor:
         if self.logits is None:
             return torch.full((self.r,), 1.0 / self.r, device=device)
-        if self.keep_fp32 and self.logits.dtype != torch.float32:
-            # TRL casts every trainable parameter over a quantised base to bfloat16, where a logit near 1 does not
-            # move by steps of a usual learning rate. The parameter object stays the one that the optimizer holds.
-            # A tensor made in inference mode would never get a gradient again.
-            with torch.inference_mode(False):
-                self.logits.data = self.logits.data.float()
-        return torch.softmax(self.logits, dim=0)  # (r,)
+        return torch.softmax(self.logits.float(), dim=0)  # (r,)
 
 
 class MokaLayer(BaseTunerLayer):
     """What PEFT needs to know of an adapted layer, and its update of one adapter."""
 
     adapter_layer_names = ("moka_A", "moka_B", "moka_gate")
-    other_param_names = ("moka_dropout", "moka_alpha", "moka_scale", "moka_counts")
+    other_param_names = ("moka_dropout", "moka_alpha", "moka_scale", "moka_counts", "moka_fp32")
 
     def __init__(self, base_layer: nn.Module, **kwargs: Any) -> None:
         self.base_layer = base_layer
@@ -53,6 +46,7 @@ class MokaLayer(BaseTunerLayer):
         self.moka_alpha: dict[str, float] = {}
         self.moka_scale: dict[str, float] = {}  # 1, and what set_scale and scale_layer make of it
         self.moka_counts: dict[str, list[int]] = {}  # products of each shape
+        self.moka_fp32: dict[str, bool] = {}  # whether the adapter's parameters are to be float32
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
         self._packed_base: dict[str, Any] | None = None
@@ -86,6 +80,7 @@ class MokaLayer(BaseTunerLayer):
         self.moka_alpha[adapter_name] = alpha
         self.moka_scale[adapter_name] = 1.0
         self.moka_counts[adapter_name] = counts
+        self.moka_fp32[adapter_name] = True
         self._initialise(adapter_name, config.init_weights)
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
@@ -110,11 +105,27 @@ class MokaLayer(BaseTunerLayer):
         return scale * self.moka_gate[adapter_name](device)
 
     def update(self, adapter_name: str, x: torch.Tensor) -> torch.Tensor:
-        """delta W x for one adapter: x (..., in_features) -> (..., out_features)."""
+        """delta W x for one adapter, computed in the dtype of x: x (..., in_features) -> (..., out_features)."""
+        self._restore_fp32(adapter_name)
         a, b = self.stacks(adapter_name)
-        x = self.moka_dropout[adapter_name](self._cast_input_dtype(x, a[0].dtype))
+        x = self.moka_dropout[adapter_name](x)
         gates = self.mixture_weights(adapter_name).split(self.moka_counts[adapter_name])
-        return kron_stacks(x, a, b, gates)
+        return kron_stacks(x, [a_k.to(x.dtype) for a_k in a], [b_k.to(x.dtype) for b_k in b], gates)
+
+    def _restore_fp32(self, adapter_name: str) -> None:
+        """Undo a trainer's cast of the parameters, in which steps of a usual learning rate round to nothing.
+
+        TRL casts every trainable parameter over a quantised base to bfloat16, whose neighbours of 0.1 are 0.0005
+        away. The parameter objects stay those that the optimizer holds.
+        """
+        if not self.moka_fp32[adapter_name]:
+            return
+        for layers in (self.moka_A, self.moka_B, self.moka_gate):
+            for parameter in layers[adapter_name].parameters():
+                if parameter.dtype != torch.float32:
+                    # A tensor made in inference mode would never get a gradient again.
+                    with torch.inference_mode(False):
+                        parameter.data = parameter.data.float()
 
     def get_delta_weight(self, adapter_name: str) -> torch.Tensor:
         """delta W (out_features, in_features) in float32."""

@@ -2,7 +2,7 @@
 
 import re
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
@@ -14,7 +14,7 @@ from peft.utils import (
 from torch import nn
 
 from .config import AdapterError, MokaConfig
-from .layer import Gate, MokaLayer, MokaLinear
+from .layer import MokaLayer, MokaLinear
 
 
 class MokaModel(BaseTuner):
@@ -51,7 +51,7 @@ class MokaModel(BaseTuner):
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
         for module in self.model.modules():
             if isinstance(module, MokaLayer) and adapter_name in module.moka_gate:
-                cast(Gate, module.moka_gate[adapter_name]).keep_fp32 = autocast_adapter_dtype
+                module.moka_fp32[adapter_name] = autocast_adapter_dtype
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any):

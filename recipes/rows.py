@@ -63,13 +63,14 @@ def tokenize(row: Row, tokenizer: Any) -> dict[str, list[int]]:
         DataSelectionError: the row is of none of these forms, or needs a chat template that the tokenizer lacks.
     """
     if isinstance(row.get("text"), str):
-        ids = _encode(row["text"] + _end(tokenizer), tokenizer)
+        ids = _ended(tokenizer(row["text"])["input_ids"], tokenizer)
         return {"input_ids": ids, "labels": list(ids)}
     if "messages" in row:
         return _tokenize_chat(row["messages"], tokenizer)
     prompt, completion = row.get("prompt"), row.get("completion")
     if isinstance(prompt, str) and isinstance(completion, str):
-        start, rest = _encode(prompt, tokenizer), _encode(completion + _end(tokenizer), tokenizer)
+        start = tokenizer(prompt)["input_ids"]
+        rest = _ended(tokenizer(completion, add_special_tokens=False)["input_ids"], tokenizer)
         return {"input_ids": start + rest, "labels": [-100] * len(start) + rest}
     if isinstance(prompt, list) and isinstance(completion, list):
         return _tokenize_chat([*prompt, *completion], tokenizer, trained_from=len(prompt))
@@ -110,9 +111,7 @@ def _render(messages: list[Row], tokenizer: Any, add_generation_prompt: bool = F
     return tokenizer.apply_chat_template(messages, add_generation_prompt=add_generation_prompt, return_dict=False)
 
 
-def _encode(text: str, tokenizer: Any) -> list[int]:
-    return tokenizer(text, add_special_tokens=False)["input_ids"]
-
-
-def _end(tokenizer: Any) -> str:
-    return tokenizer.eos_token or ""
+def _ended(ids: list[int], tokenizer: Any) -> list[int]:
+    """With the end of sequence, which some tokenizers add themselves."""
+    end = tokenizer.eos_token_id
+    return ids if end is None or ids[-1:] == [end] else [*ids, end]

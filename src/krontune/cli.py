@@ -111,7 +111,7 @@ def schema() -> None:
 
 def _guarded(body: Callable[[], Any], show_traceback: bool) -> None:
     """One clear message and an exit code for whatever goes wrong: 2 for a wrong recipe, 1 for a failed run."""
-    _quiet()
+    _settle_libraries()
     try:
         body()
     except KeyboardInterrupt:
@@ -130,12 +130,14 @@ def _fail(message: str, code: int, show_traceback: bool) -> None:
     sys.exit(code)
 
 
-def _quiet() -> None:
-    """Keep the libraries' own progress bars and advice off the terminal; errors still show."""
+def _settle_libraries() -> None:
+    """Keep the libraries' progress bars and advice off the terminal, and their threads from fighting over cores."""
     import logging
     import os
     import warnings
 
+    # A thread that waits by spinning takes the core from the one it waits for wherever the machine is shared.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")

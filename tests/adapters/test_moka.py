@@ -285,6 +285,21 @@ def test_a_bfloat16_gate_becomes_float32_at_the_next_forward_and_keeps_its_gradi
         assert gate.dtype == torch.float32 and gate.grad.dtype == torch.float32 and gate.grad.any()
 
 
+def test_a_step_too_small_for_bfloat16_moves_factors_that_a_trainer_cast_to_it(tiny, tokens, shake):
+    model = shake(get_peft_model(tiny, MokaConfig(target_modules=["q_proj"])))
+    factors = [p for layer in layers(model) for p in (*layer.moka_A.parameters(), *layer.moka_B.parameters())]
+    for p in factors:
+        p.data = p.data.bfloat16()
+    before = [p.detach().float().clone() for p in factors]
+    optimizer = torch.optim.SGD(factors, lr=1.0)
+    model(input_ids=tokens, labels=tokens).loss.backward()
+    for p in factors:
+        p.grad = torch.full_like(p, 1e-4)
+    optimizer.step()
+    for p, was in zip(factors, before, strict=True):
+        torch.testing.assert_close(was - p.float(), torch.full_like(was, 1e-4), rtol=1e-2, atol=0)
+
+
 def test_adapter_weights_keep_the_base_dtype_where_autocasting_is_off(tiny_llama):
     model = get_peft_model(tiny_llama().bfloat16(), MokaConfig(), autocast_adapter_dtype=False)
     model(torch.tensor([[3, 4]]))

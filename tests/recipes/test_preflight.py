@@ -106,3 +106,11 @@ def test_what_cannot_be_built_is_a_fault_with_its_reason(small, monkeypatch, ove
     found = faults_of(small, *narrow, override)
     assert any(one.startswith(place) and fault in one for one in found), found
     assert all("\n" not in one for one in found)
+
+
+def test_a_reason_of_several_lines_stays_one_fault_of_one_line(small, monkeypatch):
+    def refuse(**arguments):
+        raise TypeError("no\n  such option")
+
+    monkeypatch.setattr("trl.SFTConfig", refuse)
+    assert faults_of(small) == ["r:9:5: trl.SFTConfig refuses these values: TypeError: no such option"]

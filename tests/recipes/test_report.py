@@ -35,9 +35,9 @@ SELECT = {
     "pool": 3000,
     "kl_reduction": {"selected": 1.234, "control": -0.056},
     "sources": {
-        "pool": {"lis": 700, "my[1]:data": 2000, "[/b]": 300},
+        "pool": {"lis": 700, "my[1]:fire:": 2000, "[/b]": 300},
         "selected": {"lis": 25, "[/b]": 5},
-        "control": {"lis": 7, "my[1]:data": 23},
+        "control": {"lis": 7, "my[1]:fire:": 23},
     },
 }
 RL = {"seconds": 114.0, "reward": {"first": {"steps": 4, "mean": 0.254}, "last": {"steps": 3, "mean": 0.5}}}
@@ -69,10 +69,10 @@ def test_the_selection_is_shown_by_source_beside_the_control(printed):
     text = printed({"select": SELECT})
     assert "select: 30 of 3000 rows" in text
     assert row(text, "lis") == ["lis", "700", "25", "7"]
-    assert row(text, "my") == ["my[1]:data", "2000", "0", "23"]
+    assert row(text, "my") == ["my[1]:fire:", "2000", "0", "23"]
     assert row(text, "[/b]") == ["[/b]", "300", "5", "0"]
     assert row(text, "KL") == ["KL to the target, reduced by (nats)", "", "1.23", "-0.06"]
-    assert text.index("lis") < text.index("[/b]") < text.index("my[1]:data"), "most selected first"
+    assert text.index("lis") < text.index("[/b]") < text.index("my[1]:fire:"), "most selected first"
 
 
 def test_every_model_and_heuristic_is_a_whole_line_with_its_intervals(printed):
