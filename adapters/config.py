@@ -45,8 +45,9 @@ class MokaConfig(PeftConfig):
         alpha_pattern: alpha for modules whose name matches.
         modules_to_save: modules trained in full and saved with the adapter.
         init_weights: True as above; False draws B as A, so that the adapter is not the identity (for tests).
-        resolved_shapes: written by the tuner: the shapes in use for each layer size, e.g. {"576x192:5": [[24, 12], ...]}
-            (outputs, inputs, n_shapes). It is saved, so that a later version with another choice of balanced shapes loads today's adapters.
+        resolved_shapes: written by the tuner: the shapes in use for each (outputs, inputs, n_shapes), e.g.
+            {"576x192:5": [[24, 12], ...]}. It is saved, so that a later version with another choice of balanced shapes
+            loads today's adapters.
 
     Raises:
         AdapterError: a value is out of range; the message names it.

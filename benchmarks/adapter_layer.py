@@ -1,4 +1,4 @@
-"""One adapted linear layer, forward and backward: MoKA beside PEFT's LoRA and LoKr and a plain sum of Kronecker products.
+"""One adapted linear layer, forward and backward: MoKA beside PEFT's LoRA and LoKr, and a plain sum of products.
 
 The base weight is frozen and not quantised. LoRA r = 10 has about as many parameters as MoKA r = 10.
 """

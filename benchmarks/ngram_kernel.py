@@ -1,4 +1,4 @@
-"""Hashed uni- and bigrams of the shipped text on one core: krontune's kernel beside scikit-learn's HashingVectorizer."""
+"""Hashed uni- and bigrams of the shipped text: krontune's kernel beside scikit-learn's HashingVectorizer."""
 
 import gzip
 import json

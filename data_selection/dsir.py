@@ -235,9 +235,7 @@ class Dsir:
         content = read_checked(Path(folder) / COUNTS, header["counts_crc32"])
         dsir = cls(header["ngrams"], header["buckets"], header["smoothing"], header["normalize"])
         with np.load(io.BytesIO(content), allow_pickle=False) as counts:
-            fit = Fit(
-                counts["target_counts"], counts["raw_counts"], header["raw_documents"], header["target"]
-            )
+            fit = Fit(counts["target_counts"], counts["raw_counts"], header["raw_documents"], header["target"])
         dsir._fit = fit
         return dsir
 
@@ -246,9 +244,7 @@ class Dsir:
         if not documents:
             raise DataSelectionError(f"{name} is empty; give at least one text")
         if not counts.any():
-            raise DataSelectionError(
-                f"{name}: none of its {documents} texts has a word; give texts with words"
-            )
+            raise DataSelectionError(f"{name}: none of its {documents} texts has a word; give texts with words")
         return counts, documents
 
     def _fitted(self) -> Fit:

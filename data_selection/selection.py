@@ -142,15 +142,11 @@ class Selection:
         lines = []
         for index, reason in zip(self.indices.tolist(), self.reasons, strict=True):
             if "index" in reason:
-                raise DataSelectionError(
-                    f"the reason of row {index} has a key 'index', which names the row itself"
-                )
+                raise DataSelectionError(f"the reason of row {index} has a key 'index', which names the row itself")
             try:
                 lines.append(json.dumps({"index": index, **reason}) + "\n")
             except TypeError as error:
-                raise DataSelectionError(
-                    f"the reason of row {index}, {reason!r}, is not plain: {error}"
-                ) from error
+                raise DataSelectionError(f"the reason of row {index}, {reason!r}, is not plain: {error}") from error
         picks = "".join(lines).encode()
         header = {
             "format": FORMAT,
@@ -235,9 +231,7 @@ def read_header(path: Path, kind: str) -> dict[str, Any]:
     try:
         header = json.loads(path.read_bytes())
     except OSError as error:
-        raise DataSelectionError(
-            f"cannot read {path}: {error.strerror}; give a folder that save() wrote"
-        ) from error
+        raise DataSelectionError(f"cannot read {path}: {error.strerror}; give a folder that save() wrote") from error
     except ValueError as error:
         raise DataSelectionError(f"{path} is not JSON: {error}; save again") from error
     found = (header.get("format"), header.get("version")) if isinstance(header, dict) else None
@@ -257,7 +251,5 @@ def read_checked(path: Path, crc32: int) -> bytes:
     except OSError as error:
         raise DataSelectionError(f"cannot read {path}: {error.strerror}; save the folder again") from error
     if zlib.crc32(content) != crc32:
-        raise DataSelectionError(
-            f"{path} does not belong to the header beside it (a save was cut short?); save again"
-        )
+        raise DataSelectionError(f"{path} does not belong to the header beside it (a save was cut short?); save again")
     return content

@@ -45,9 +45,7 @@ def read_texts(source: TextSource, name: str = "texts") -> Iterator[str]:
         raise DataSelectionError(_wrong_kind(source, name))
     elif type(source).__name__ == "DataFrame":
         # Iterating over a data frame gives its column names, which are strings: texts nobody meant.
-        raise DataSelectionError(
-            f"{name} is a DataFrame; pass its column of texts, or Dataset.from_pandas(frame)"
-        )
+        raise DataSelectionError(f"{name} is a DataFrame; pass its column of texts, or Dataset.from_pandas(frame)")
     elif _is_dataset(source):
         yield from _dataset_texts(source, name)
     elif _is_path_list(source):
@@ -93,9 +91,7 @@ def _value_text(value: Any, where: str) -> str:
     if isinstance(value, str):
         return value
     if not isinstance(value, (list, tuple)):
-        raise DataSelectionError(
-            f"{where}: {value!r} is neither a string nor a list of messages; fill or drop the row"
-        )
+        raise DataSelectionError(f"{where}: {value!r} is neither a string nor a list of messages; fill or drop the row")
     return "\n".join(_message_text(message, f"{where}, message {i}") for i, message in enumerate(value))
 
 
@@ -155,9 +151,7 @@ def _jsonl_rows(path: Path) -> Iterator[Row]:
             except ValueError as error:  # bad JSON and bad UTF-8 alike
                 raise DataSelectionError(f"{path}:{number}: not JSON: {error}") from error
             if not isinstance(row, dict):
-                raise DataSelectionError(
-                    f"{path}:{number}: a {type(row).__name__}, not an object; give one row a line"
-                )
+                raise DataSelectionError(f"{path}:{number}: a {type(row).__name__}, not an object; give one row a line")
             yield row, f"{path}:{number}"
 
 

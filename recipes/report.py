@@ -35,8 +35,9 @@ def print_report(run: Run) -> None:
 def _selection(select: dict[str, Any]) -> Table:
     sources = select["sources"]
     table = Table(title=f"select: {select['n']} of {select['pool']} rows", title_justify="left")
-    for column, justify in (("source", "left"), ("pool", "right"), ("selected", "right"), ("random control", "right")):
-        table.add_column(column, justify=justify)
+    table.add_column("source")
+    for column in ("pool", "selected", "random control"):
+        table.add_column(column, justify="right")
     for source in sorted(sources["pool"], key=lambda name: (-sources["selected"].get(name, 0), name))[:8]:
         table.add_row(source, *(str(sources[part].get(source, 0)) for part in ("pool", "selected", "control")))
     kl = select["kl_reduction"]

@@ -42,7 +42,7 @@ class Puzzles(Section):
     """Rows of a puzzle, from and to."""
     split: Literal["train", "validation", "test"] = "train"
     """Splits share no puzzle, whatever the seeds."""
-    seed: int = Field(0, ge=0)
+    seed: int = Field(default=0, ge=0)
 
 
 def _source_kind(value: Any) -> str | None:
@@ -81,13 +81,13 @@ class Select(Section):
     """How many rows to pick."""
     sampler: Literal["topk", "gumbel"] = "gumbel"
     """The best k, or a random draw that favours the best."""
-    temperature: float = Field(1.0, gt=0)
+    temperature: float = Field(default=1.0, gt=0)
     """Of the random draw."""
-    ngrams: int = Field(2, ge=1)
+    ngrams: int = Field(default=2, ge=1)
     """n-grams of 1 to this many words are counted."""
-    buckets: int = Field(2**17, ge=1)
+    buckets: int = Field(default=2**17, ge=1)
     """How many hash buckets they are counted in."""
-    smoothing: float = Field(0.5, gt=0, lt=1)
+    smoothing: float = Field(default=0.5, gt=0, lt=1)
     """Share of the pool's distribution in the target's, which is estimated from few texts."""
     normalize: Literal["mean", "sum", "sqrt"] = "mean"
     """Weights are a mean over a text's n-grams; a sum favours long texts."""
@@ -96,15 +96,15 @@ class Select(Section):
 class Adapter(Section):
     method: Literal["moka"] = "moka"
     """MoKA, a gated mixture of Kronecker products (arXiv 2508.03527)."""
-    r: int = Field(10, ge=1)
+    r: int = Field(default=10, ge=1)
     """Kronecker products a layer."""
-    n_shapes: int = Field(5, ge=1)
+    n_shapes: int = Field(default=5, ge=1)
     """Over how many shapes they are spread."""
-    alpha: float | None = Field(None, gt=0)
+    alpha: float | None = Field(default=None, gt=0)
     """Scale of the update; null stands for r."""
     gate: Literal["softmax", "none"] = "softmax"
     """Learned mixture weights, or none: 1 / r each."""
-    dropout: float = Field(0.0, ge=0, lt=1)
+    dropout: float = Field(default=0.0, ge=0, lt=1)
     """On the adapter's input."""
     target_modules: str | list[str] | None = None
     """Names of the adapted modules, a regular expression, or all-linear; null takes PEFT's choice."""
@@ -135,7 +135,7 @@ class Task(Section):
 class Rl(Section):
     stage: Literal["rl"]
     task: Task
-    instances: int = Field(1000, ge=1)
+    instances: int = Field(default=1000, ge=1)
     """Training instances to draw, all from the train split."""
     reward: Literal["certificate", "answer", "ids_exact", "ids_prefix", "shaped"] = "certificate"
     """certificate: the chosen rows are feasible and optimal."""
@@ -149,12 +149,12 @@ class Verify(Section):
     stage: Literal["verify"]
     task: Task | None = None
     """null takes the rl stage's."""
-    instances: int = Field(200, ge=1)
+    instances: int = Field(default=200, ge=1)
     """Held-out instances, all from the test split."""
-    seed: int = Field(0, ge=0)
+    seed: int = Field(default=0, ge=0)
     """Which held-out instances."""
-    max_new_tokens: int = Field(64, ge=1)
-    batch_size: int = Field(64, ge=1)
+    max_new_tokens: int = Field(default=64, ge=1)
+    batch_size: int = Field(default=64, ge=1)
 
 
 Stage = Annotated[Select | Sft | Rl | Verify, Field(discriminator="stage")]
@@ -165,7 +165,7 @@ class Recipe(Section):
     """Also the name of the run folder."""
     description: str = ""
     """One line, shown by `krontune recipes`."""
-    seed: int = Field(0, ge=0)
+    seed: int = Field(default=0, ge=0)
     """Of data selection, initialisation, batches and sampling."""
     base: BaseModelSection
     stages: Annotated[list[Stage], Field(min_length=1)]

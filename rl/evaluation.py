@@ -41,9 +41,7 @@ class Evaluation:
         return asdict(self)
 
 
-def score(
-    task: CertificateTask, instances: Sequence[Instance | str], completions: Sequence[Any]
-) -> Evaluation:
+def score(task: CertificateTask, instances: Sequence[Instance | str], completions: Sequence[Any]) -> Evaluation:
     """Scores one completion for each instance.
 
     instances: Instance objects, or the strings of the data set's `instance` column. completions: texts, or
@@ -66,14 +64,11 @@ def heuristic_table(task: CertificateTask, instances: Sequence[Instance | str]) 
     }
 
 
-def mark_all(
-    task: CertificateTask, instances: Sequence[Instance | str], completions: Sequence[Any]
-) -> list[Mark]:
+def mark_all(task: CertificateTask, instances: Sequence[Instance | str], completions: Sequence[Any]) -> list[Mark]:
     """Marks one completion for each instance. Raises RlError for lengths that differ."""
     if len(instances) != len(completions):
         raise RlError(
-            f"one completion an instance is needed, got {len(completions)} completions "
-            f"for {len(instances)} instances"
+            f"one completion an instance is needed, got {len(completions)} completions for {len(instances)} instances"
         )
     return [
         task.mark(read_instance(task, instance), completion_text(completion))

@@ -46,9 +46,7 @@ def paired_difference(
 
     _checked(confidence)
     if len(first) != len(second) or not len(first):
-        raise RlError(
-            f"paired sequences need one length, 1 or more, got {len(first)} and {len(second)} items"
-        )
+        raise RlError(f"paired sequences need one length, 1 or more, got {len(first)} and {len(second)} items")
     if resamples < 1:
         raise RlError(f"resamples must be 1 or more, got {resamples}")
     a, b = np.asarray(first), np.asarray(second)  # (n,)

@@ -24,8 +24,7 @@ def get_task(name: str, **options: Any) -> CertificateTask:
     for option in options:
         if option not in allowed:
             raise RlError(
-                f"task {name!r} has no option {option!r}{_guess(option, allowed)}; "
-                f"options: {', '.join(allowed)}"
+                f"task {name!r} has no option {option!r}{_guess(option, allowed)}; options: {', '.join(allowed)}"
             )
     return TASKS[name](**options)
 

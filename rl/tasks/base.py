@@ -164,14 +164,10 @@ class CertificateTask(ABC):
             raise RlError(f"this instance belongs to task {task!r}, not {self.name!r}: get that task")
         width = len(self.columns)
         if not rows or any(len(row) != width or any(type(cell) is not int for cell in row) for row in rows):
-            raise RlError(
-                f"an instance of {self.name!r} has rows of {width} integers, got {str(text)[:80]!r}"
-            )
+            raise RlError(f"an instance of {self.name!r} has rows of {width} integers, got {str(text)[:80]!r}")
         return Instance(rows, generator)
 
-    def instances(
-        self, size: int, n: int | Sequence[int], seed: int = 0, split: str = "train"
-    ) -> list[Instance]:
+    def instances(self, size: int, n: int | Sequence[int], seed: int = 0, split: str = "train") -> list[Instance]:
         """`size` different instances of one split; a larger size begins with the same instances.
 
         n: rows of an instance, or a pair [low, high]. It is drawn first, uniformly, and everything else (a

@@ -44,9 +44,7 @@ class Lis(CertificateTask):
         if type(unique) is not bool:
             raise RlError(f"unique must be true or false, got {unique!r}")
         if unique and values[0] == values[1]:
-            raise RlError(
-                f"values {list(values)} is a single value, so no optimum is unique: widen the range"
-            )
+            raise RlError(f"values {list(values)} is a single value, so no optimum is unique: widen the range")
         self.values: tuple[int, int] = (values[0], values[1])
         self.unique = unique
         self.heuristics = {name: partial(_apply, rule) for name, rule in RULES.items()}
@@ -115,9 +113,7 @@ class Lis(CertificateTask):
             r"\ids{id,id} \answer{count}",
         ]
         if hint:
-            lines.insert(
-                1, "Hint: for each row find the best chain that ends there, then walk back from the longest."
-            )
+            lines.insert(1, "Hint: for each row find the best chain that ends there, then walk back from the longest.")
         return "\n".join(lines)
 
     def solve(self, instance: Instance) -> Solution:

@@ -39,7 +39,7 @@ def check(recipe: RecipeName, overrides: Overrides = None, show_traceback: Trace
     """Find every fault of a recipe that shows without training."""
 
     def body() -> None:
-        from . import recipes
+        from krontune import recipes
 
         loaded = recipes.load(recipe, overrides or ())
         faults = recipes.check(loaded)
@@ -60,8 +60,8 @@ def run(
     """Run a recipe; run it again to go on where it was cut."""
 
     def body() -> None:
-        from . import recipes
-        from .recipes.report import print_report
+        from krontune import recipes
+        from krontune.recipes.report import print_report
 
         finished = recipes.run(recipes.load(recipe, overrides or ()), out, say=typer.echo)
         print_report(finished)
@@ -74,7 +74,7 @@ def list_recipes() -> None:
     """List the shipped recipes."""
 
     def body() -> None:
-        from .recipes.shipped import shipped
+        from krontune.recipes.shipped import shipped
 
         for name, description in shipped().items():
             typer.echo(f"{name}: {description}")
@@ -90,7 +90,7 @@ def copy(
     """Copy a shipped recipe, to be edited."""
 
     def body() -> None:
-        from .recipes.shipped import copy_recipe
+        from krontune.recipes.shipped import copy_recipe
 
         typer.echo(f"wrote {copy_recipe(name, to or Path(f'{name}.yaml'))}")
 
@@ -102,7 +102,7 @@ def schema() -> None:
     """Print the JSON schema of recipes, for editors."""
 
     def body() -> None:
-        from .recipes.json_schema import recipe_schema
+        from krontune.recipes.json_schema import recipe_schema
 
         typer.echo(recipe_schema(), nl=False)
 
@@ -117,7 +117,7 @@ def _guarded(body: Callable[[], Any], show_traceback: bool) -> None:
     except KeyboardInterrupt:
         _fail("interrupted; what is finished is kept, run the same command to go on", FAILED_RUN, show_traceback)
     except Exception as error:
-        from .recipes.errors import explain
+        from krontune.recipes.errors import explain
 
         message, wrong_recipe = explain(error)
         _fail(message, WRONG_RECIPE if wrong_recipe else FAILED_RUN, show_traceback)

@@ -351,9 +351,7 @@ def test_an_argument_of_select_out_of_range_is_named(arguments, message):
 
 
 @pytest.mark.parametrize("name", ["target", "raw"])
-@pytest.mark.parametrize(
-    ("texts", "message"), [([], "is empty"), (["", " "], "none of its 2 texts has a word")]
-)
+@pytest.mark.parametrize(("texts", "message"), [([], "is empty"), (["", " "], "none of its 2 texts has a word")])
 def test_a_side_without_words_is_named(name, texts, message):
     sides = {"target": ["a"], "raw": ["b"], name: texts}
     with pytest.raises(DataSelectionError, match=f"{name}.*{message}"):

@@ -86,9 +86,7 @@ def test_blank_lines_of_jsonl_are_no_rows(tmp_path):
     assert list(read_texts(tmp_path / "a.jsonl")) == ["a", "b"]
 
 
-@pytest.mark.parametrize(
-    "line", [b'{"text": "cut', b"\xff\xfe", b"[1, 2]", b'{"other": 1}', b'{"text": null}']
-)
+@pytest.mark.parametrize("line", [b'{"text": "cut', b"\xff\xfe", b"[1, 2]", b'{"other": 1}', b'{"text": null}'])
 def test_a_broken_jsonl_line_is_named_by_file_and_number(tmp_path, line):
     (tmp_path / "pool.jsonl").write_bytes(b'{"text": "fine"}\n\n' + line + b"\n")
     with pytest.raises(DataSelectionError, match=r"pool\.jsonl:3"):

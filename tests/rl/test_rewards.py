@@ -82,9 +82,7 @@ def test_strings_messages_parts_and_tool_calls_are_all_completions():
     turns = [{"role": "assistant", "content": "x"}, {"role": "tool", "content": GOLD}]
     answered = [*turns, {"role": "assistant", "content": GOLD}]
     silent = [{"role": "assistant", "content": None, "tool_calls": []}]
-    rewards = CertificateReward(LIS)(
-        completions=[GOLD, parts, turns, answered, silent, []], instance=[INSTANCE] * 6
-    )
+    rewards = CertificateReward(LIS)(completions=[GOLD, parts, turns, answered, silent, []], instance=[INSTANCE] * 6)
     assert rewards == [1.0, 1.0, 0.0, 1.0, 0.0, 0.0]
 
 

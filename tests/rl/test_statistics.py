@@ -29,9 +29,7 @@ def test_wilson_narrows_with_less_confidence():
     assert low < low_90 < 0.3 < high_90 < high
 
 
-@pytest.mark.parametrize(
-    ("successes", "n", "confidence"), [(1, 0, 0.95), (-1, 5, 0.95), (6, 5, 0.95), (1, 5, 1)]
-)
+@pytest.mark.parametrize(("successes", "n", "confidence"), [(1, 0, 0.95), (-1, 5, 0.95), (6, 5, 0.95), (1, 5, 1)])
 def test_wilson_refuses_what_is_no_rate(successes, n, confidence):
     with pytest.raises(RlError):
         wilson_interval(successes, n, confidence)
