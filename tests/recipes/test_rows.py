@@ -3,6 +3,11 @@ import json
 from importlib.resources import files
 
 import pytest
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from tokenizers.processors import TemplateProcessing
+from transformers import PreTrainedTokenizerFast
 
 from krontune.data_selection import DataSelectionError
 from krontune.recipes.rows import fingerprint, read_sources, tokenize
@@ -96,6 +101,19 @@ def test_of_strings_the_completion_and_the_end_are_learned(tokenizer):
     row = {"prompt": "2 + 2 =", "completion": " 4"}
     assert whole(row, tokenizer) == "2 + 2 = 4" + tokenizer.eos_token
     assert learned(row, tokenizer) == " 4" + tokenizer.eos_token
+
+
+@pytest.mark.parametrize("form", ["<s> $A", "<s> $A </s>", "$A"])
+def test_what_the_tokenizer_adds_at_the_start_stays_and_the_end_comes_once(form):
+    words = Tokenizer(WordLevel({"<s>": 0, "</s>": 1, "<unk>": 2, "a": 3, "b": 4}, unk_token="<unk>"))
+    words.pre_tokenizer = WhitespaceSplit()
+    words.post_processor = TemplateProcessing(single=form, special_tokens=[("<s>", 0), ("</s>", 1)])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    start = [0] if "<s>" in form else []
+    assert tokenize({"text": "a b"}, tokenizer)["input_ids"] == [*start, 3, 4, 1]
+    if "</s>" not in form:
+        tokens = tokenize({"prompt": "a", "completion": "b"}, tokenizer)
+        assert tokens == {"input_ids": [*start, 3, 4, 1], "labels": [-100] * len([*start, 3]) + [4, 1]}
 
 
 def test_of_chat_prompts_the_completion_is_learned_and_the_whole_is_as_the_template_renders_it(tokenizer):
