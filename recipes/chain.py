@@ -49,10 +49,12 @@ def run(recipe: Recipe, out_dir: str | Path | None = None, say: Callable[[str], 
         if faults:
             raise RecipeError(faults)
     with folder:
+        ran = False
         for name, step in steps:
-            if folder.is_done(name):
+            if folder.is_done(name) and not ran:  # what stands on a stage that ran anew is run anew too
                 say(f"{name}: done before, skipped")
                 continue
+            ran = True
             step()
             seconds = folder.record["stages"][name]["seconds"]
             say(f"{name}: done in {seconds:.0f} s")
@@ -81,9 +83,15 @@ def _steps(recipe: Recipe, folder: RunFolder) -> Iterator[tuple[str, Callable[[]
 def _publish_adapter(recipe: Recipe, folder: RunFolder) -> None:
     """Copy the last trained adapter to where users look for it."""
     trained = [stage.stage for stage in recipe.stages if stage.stage in ("sft", "rl")]
-    if not trained or (folder.path / ADAPTER).is_dir():
+    if not trained:
         return
+    source = folder.path / trained[-1]
+    if (folder.path / ADAPTER).is_dir():
+        if (folder.path / ADAPTER).stat().st_mtime >= (source / "done").stat().st_mtime:
+            return
+        shutil.rmtree(folder.path / ADAPTER)
     beside = folder.path / f".{ADAPTER}"
     shutil.rmtree(beside, ignore_errors=True)
-    shutil.copytree(folder.path / trained[-1] / ADAPTER, beside)
+    shutil.copytree(source / ADAPTER, beside)
+    os.utime(beside)  # copytree keeps the times of its source
     beside.rename(folder.path / ADAPTER)

@@ -1,11 +1,13 @@
 """What can be found out about a recipe before anything is trained: all faults at once."""
 
+import difflib
 import tempfile
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any
 
 from ..adapters.base import resolve_model
+from ..adapters.embedded import NAME
 from .faults import Fault
 from .rl import make_task
 from .rows import read_sources
@@ -26,6 +28,11 @@ def check(recipe: Recipe) -> list[Fault]:
 
 
 def _model_faults(recipe: Recipe) -> Iterator[Fault]:
+    if recipe.base.model == NAME:
+        return
+    where = recipe.where(("base", "model"))
+    if difflib.get_close_matches(recipe.base.model, [NAME], cutoff=0.8):
+        yield Fault(where, f"unknown model {recipe.base.model!r}; did you mean {NAME!r}?")
     source = resolve_model(recipe.base.model)
     looks_like_folder = source.startswith((".", "/", "~")) or source.count("/") > 1
     if looks_like_folder and not (Path(source) / "config.json").is_file():

@@ -7,9 +7,10 @@ from trl import GRPOConfig
 from ..rl import CertificateReward, CertificateTask, get_task
 from ..rl.trainer import DenseRolloutGRPOTrainer
 from .progress import Report
+from .rows import fingerprint
 from .run_folder import RunFolder
 from .schema import Recipe, Rl, Task
-from .training import ADAPTER, new_adapter, saved_adapter, train, trainer_arguments
+from .training import ADAPTER, exact_parameters, new_adapter, saved_adapter, train, trainer_arguments
 
 
 def make_task(task: Task) -> CertificateTask:
@@ -24,15 +25,18 @@ def run_rl(recipe: Recipe, stage: Rl, run: RunFolder) -> None:
         model, tokenizer = saved_adapter(recipe, run.path / "sft" / ADAPTER)
     else:
         model, tokenizer = new_adapter(recipe, stage.adapter)
-    trainer = DenseRolloutGRPOTrainer(
-        model=model,
-        args=GRPOConfig(**trainer_arguments(recipe, stage.trainer, folder)),
-        reward_funcs=[CertificateReward(task, stage.reward)],
-        train_dataset=task.dataset(stage.instances, stage.task.n, recipe.seed, "train"),
-        processing_class=tokenizer,
-        callbacks=[Report("rl", run, shown=("reward", f"{task.name}/certificate_accuracy"))],
-        dense_rollouts=recipe.base.dense_generation,
-    )
+    dataset = task.dataset(stage.instances, stage.task.n, recipe.seed, "train")
+    run.add_data("rl", rows=len(dataset), sha256=fingerprint({"instance": text} for text in dataset["instance"]))
+    with exact_parameters(model):
+        trainer = DenseRolloutGRPOTrainer(
+            model=model,
+            args=GRPOConfig(**trainer_arguments(recipe, stage.trainer, folder)),
+            reward_funcs=[CertificateReward(task, stage.reward)],
+            train_dataset=dataset,
+            processing_class=tokenizer,
+            callbacks=[Report("rl", run, shown=("reward", f"{task.name}/certificate_accuracy"))],
+            dense_rollouts=recipe.base.dense_generation,
+        )
     train(trainer, run, "rl", folder, tokenizer, reward=lambda: _reward_change(run))
 
 

@@ -16,6 +16,7 @@ import yaml
 
 from ..data_selection.selection import write_atomic
 from .schema import Recipe
+from .trainer_args import given
 from .yaml12 import is_plain_text
 
 PACKAGES = ("krontune", "torch", "transformers", "peft", "trl", "accelerate", "bitsandbytes", "datasets", "numpy")
@@ -55,8 +56,7 @@ class RunFolder:
                 write_atomic(self.path / "recipe.yaml", self.recipe_text.encode())
             if (self.path / "run.json").is_file():
                 self.record = json.loads((self.path / "run.json").read_text(encoding="utf-8"))
-            self.record.update(_environment(), recipe_sha256=hashlib.sha256(self.recipe_text.encode()).hexdigest())
-            self._write_record()
+            self.record["recipe_sha256"] = hashlib.sha256(self.recipe_text.encode()).hexdigest()
         except BaseException:
             os.close(self._lock)
             raise
@@ -75,7 +75,9 @@ class RunFolder:
                     f"({_first_difference(text, self.recipe_text)}). Nothing was changed. Give another folder with "
                     "--out, or delete this one."
                 )
-        elif self.path.exists() and (not self.path.is_dir() or {f.name for f in self.path.iterdir()} - {LOCK}):
+        elif self.path.exists() and (
+            not self.path.is_dir() or {f.name for f in self.path.iterdir()} - _unfinished(self.path)
+        ):
             raise WrongFolder(f"{self.path} exists and is no run folder. Nothing was changed; give another with --out.")
 
     def is_done(self, stage: str) -> bool:
@@ -90,13 +92,15 @@ class RunFolder:
         if metrics.is_file():
             lines = [line for line in metrics.read_text().splitlines() if _stage_of(line) not in (stage, None)]
             write_atomic(metrics, "".join(f"{line}\n" for line in lines).encode())
+        self.record.update(_environment())  # of the last stage that ran; each stage keeps its own as well
+        self._write_record()
         self._started = time.monotonic()
         return folder
 
     def finish(self, stage: str, **facts: Any) -> None:
         """Record what the stage did, then mark it as done."""
         seconds = round(time.monotonic() - self._started, 1)
-        self.record["stages"][stage] = {"seconds": seconds, **facts}
+        self.record["stages"][stage] = {"seconds": seconds, "git": self.record["git"], **facts}
         self._write_record()
         write_atomic(self.path / stage / "done", json.dumps({"finished": _now(), "seconds": seconds}).encode())
 
@@ -119,8 +123,12 @@ class RunFolder:
 
 
 def recipe_text(recipe: Recipe) -> str:
-    """The recipe as YAML, with overrides and without defaults; `load` reads it back."""
-    return yaml.dump(recipe.model_dump(exclude_unset=True), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+    """The recipe as YAML, with overrides and krontune's defaults; of a trainer the given keys. `load` reads it back."""
+    content = recipe.model_dump()
+    for stage, values in zip(recipe.stages, content["stages"], strict=True):
+        if "trainer" in values:
+            values["trainer"] = given(stage.trainer)
+    return yaml.dump(content, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
 class _Dumper(yaml.SafeDumper):
@@ -139,6 +147,11 @@ def _stage_of(line: str) -> str | None:
         return json.loads(line)["stage"]
     except (ValueError, KeyError):
         return None
+
+
+def _unfinished(folder: Path) -> set[str]:
+    """What a run that was cut in its first moments leaves: the lock, and files that were not in place yet."""
+    return {LOCK, *(file.name for file in folder.glob(".*.tmp"))}
 
 
 def _lock(folder: Path) -> int:

@@ -83,9 +83,9 @@ class Select(Section):
     """The best k, or a random draw that favours the best."""
     temperature: float = Field(default=1.0, gt=0)
     """Of the random draw."""
-    ngrams: int = Field(default=2, ge=1)
+    ngrams: int = Field(default=2, ge=1, le=8)
     """n-grams of 1 to this many words are counted."""
-    buckets: int = Field(default=2**17, ge=1)
+    buckets: int = Field(default=2**17, ge=2)
     """How many hash buckets they are counted in."""
     smoothing: float = Field(default=0.5, gt=0, lt=1)
     """Share of the pool's distribution in the target's, which is estimated from few texts."""
@@ -165,7 +165,7 @@ class Recipe(Section):
     """Also the name of the run folder."""
     description: str = ""
     """One line, shown by `krontune recipes`."""
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, lt=2**32)
     """Of data selection, initialisation, batches and sampling."""
     base: BaseModelSection
     stages: Annotated[list[Stage], Field(min_length=1)]

@@ -4,11 +4,11 @@ from datasets import Dataset
 from trl import SFTConfig, SFTTrainer
 
 from .progress import Report
-from .rows import Row, read_sources, tokenize
+from .rows import Row, fingerprint, read_sources, tokenize
 from .run_folder import RunFolder
 from .schema import Recipe, Sft
 from .select import selected_rows
-from .training import new_adapter, train, trainer_arguments
+from .training import exact_parameters, new_adapter, train, trainer_arguments
 
 
 def run_sft(recipe: Recipe, stage: Sft, run: RunFolder, control: str | None = None) -> None:
@@ -17,13 +17,18 @@ def run_sft(recipe: Recipe, stage: Sft, run: RunFolder, control: str | None = No
     folder = run.begin(name)
     rows = _rows(stage, run, control)
     model, tokenizer = new_adapter(recipe, stage.adapter)
-    trainer = SFTTrainer(
-        model=model,
-        args=SFTConfig(**trainer_arguments(recipe, stage.trainer, folder)),
-        train_dataset=Dataset.from_list([tokenize(row, tokenizer) for row in rows]),
-        processing_class=tokenizer,
-        callbacks=[Report(name, run, shown=("loss",))],
-    )
+    dataset = Dataset.from_list([tokenize(row, tokenizer) for row in rows])
+    with exact_parameters(model):
+        trainer = SFTTrainer(
+            model=model,
+            args=SFTConfig(**trainer_arguments(recipe, stage.trainer, folder)),
+            train_dataset=dataset,
+            processing_class=tokenizer,
+            callbacks=[Report(name, run, shown=("loss",))],
+        )
+    longest = trainer.args.max_length or max(map(len, dataset["input_ids"]))
+    truncated = sum(len(ids) > longest for ids in dataset["input_ids"])
+    run.add_data(name, rows=len(rows), sha256=fingerprint(rows), truncated=truncated, kept=len(trainer.train_dataset))
     train(trainer, run, name, folder, tokenizer)
 
 

@@ -12,6 +12,8 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 from pydantic import BaseModel, ConfigDict, Field, create_model
 from trl import GRPOConfig, SFTConfig
 
+PREPARED = "krontune tokenises the rows: a text is learned whole, of a chat or a prompt and completion only the answer"
+
 # What krontune decides from elsewhere in the recipe or from the machine, so that one setting has one place.
 SET_BY_KRONTUNE = {
     "output_dir": "the run folder is given with --out",
@@ -24,6 +26,13 @@ SET_BY_KRONTUNE = {
     "save_strategy": "a stage saves its adapter when it is done",
     "resume_from_checkpoint": "a stage that was cut begins again by itself",
     "remove_unused_columns": "krontune prepares the columns",
+    "assistant_only_loss": PREPARED,
+    "completion_only_loss": PREPARED,
+    "dataset_text_field": PREPARED,
+    "dataset_num_proc": PREPARED,
+    "eos_token": PREPARED,
+    "eval_strategy": "the verify stage measures; no data is held out during training",
+    "load_best_model_at_end": "the verify stage measures; no data is held out during training",
 }
 
 

@@ -1,6 +1,7 @@
 """What the sft and rl stages share: base and adapter, and arguments of TRL's trainers."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ from peft import PeftModel, get_peft_model
 from transformers import PrinterCallback, Trainer, set_seed
 
 from ..adapters import MokaConfig, load_base
-from .run_folder import RunFolder
+from .run_folder import RunError, RunFolder
 from .schema import Adapter, BaseModelSection, Recipe
 from .trainer_args import given
 
@@ -56,6 +57,19 @@ def trainer_arguments(recipe: Recipe, trainer: Any, folder: Path) -> dict[str, A
     }
 
 
+@contextmanager
+def exact_parameters(model: torch.nn.Module) -> Iterator[None]:
+    """Give the trained parameters back the values that they had, which TRL's constructors round to bfloat16.
+
+    With it the rl stage continues the very adapter that the sft stage saved.
+    """
+    before = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+    yield
+    for name, parameter in model.named_parameters():
+        if name in before:
+            parameter.data = before[name]
+
+
 def train(
     trainer: Trainer, run: RunFolder, stage: str, folder: Path, tokenizer: Any, **facts: Callable[[], Any]
 ) -> None:
@@ -63,6 +77,11 @@ def train(
     trainer.remove_callback(PrinterCallback)
     trainer.train()
     model: Any = trainer.model
+    if not all(torch.isfinite(p).all() for p in model.parameters() if p.requires_grad):
+        raise RunError(
+            f"{stage}: the adapter is not finite after training (NaN or infinity), so it was not kept; lower "
+            "learning_rate, or look at the loss in metrics.jsonl"
+        )
     model.save_pretrained(str(folder / ADAPTER))
     tokenizer.save_pretrained(str(folder / ADAPTER))
     trained, total = model.get_nb_trainable_parameters()

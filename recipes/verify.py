@@ -11,6 +11,7 @@ from ..rl import heuristic_table, score
 from ..rl.generation import generate
 from .progress import Progress
 from .rl import make_task
+from .rows import fingerprint
 from .run_folder import RunFolder
 from .schema import Recipe, Verify
 from .training import ADAPTER, load_recipe_base
@@ -25,6 +26,7 @@ def run_verify(recipe: Recipe, stage: Verify, run: RunFolder, adapters: list[str
     task = make_task(settings)
     instances = task.instances(stage.instances, settings.n, stage.seed, "test")
     prompts = [task.prompt(instance) for instance in instances]
+    run.add_data("verify", rows=len(instances), sha256=fingerprint({"instance": task.to_json(i)} for i in instances))
     base, tokenizer = load_recipe_base(recipe.base)
 
     models = {}
@@ -47,8 +49,15 @@ def run_verify(recipe: Recipe, stage: Verify, run: RunFolder, adapters: list[str
         _write_lines(folder / f"{name}.jsonl", rows)
         models[name] = score(task, instances, answers).to_dict()
 
+    weights = "dense, de-quantised and merged" if recipe.base.dense_generation else "as loaded"
     heuristics = {name: result.to_dict() for name, result in heuristic_table(task, instances).items()}
-    result = {"task": settings.model_dump(), "instances": len(instances), "models": models, "heuristics": heuristics}
+    result = {
+        "task": settings.model_dump(),
+        "instances": len(instances),
+        "weights": weights,
+        "models": models,
+        "heuristics": heuristics,
+    }
     write_atomic(folder / RESULT, json.dumps(result, indent=2).encode())
     run.finish("verify", certificate={name: value["certificate"]["value"] for name, value in models.items()})
 
