@@ -56,7 +56,10 @@ def _reward(rl: dict[str, Any]) -> str:
 def _verification(result: dict[str, Any]) -> Table:
     task = result["task"]
     low, high = task["n"]
-    title = f"verify: {result['instances']} held-out {task['name']} instances, n {low} to {high}; 95 % intervals; weights {result['weights']}"
+    title = (
+        f"verify: {result['instances']} held-out {task['name']} instances, n {low} to {high}; 95 % intervals; "
+        f"weights {result['weights']}"
+    )
     table = Table(title=title, title_justify="left")
     table.add_column("")
     for column in ("answer", "certificate", "gap", "parse failures"):

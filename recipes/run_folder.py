@@ -56,7 +56,9 @@ class RunFolder:
                 write_atomic(self.path / "recipe.yaml", self.recipe_text.encode())
             if (self.path / "run.json").is_file():
                 self.record = json.loads((self.path / "run.json").read_text(encoding="utf-8"))
-            self.record["recipe_sha256"] = hashlib.sha256(self.recipe_text.encode()).hexdigest()
+            else:
+                self.record["recipe_sha256"] = hashlib.sha256(self.recipe_text.encode()).hexdigest()
+                self._circumstances()
         except BaseException:
             os.close(self._lock)
             raise
@@ -75,9 +77,7 @@ class RunFolder:
                     f"({_first_difference(text, self.recipe_text)}). Nothing was changed. Give another folder with "
                     "--out, or delete this one."
                 )
-        elif self.path.exists() and (
-            not self.path.is_dir() or {f.name for f in self.path.iterdir()} - _unfinished(self.path)
-        ):
+        elif self.path.exists() and not _is_empty(self.path):
             raise WrongFolder(f"{self.path} exists and is no run folder. Nothing was changed; give another with --out.")
 
     def is_done(self, stage: str) -> bool:
@@ -92,8 +92,7 @@ class RunFolder:
         if metrics.is_file():
             lines = [line for line in metrics.read_text().splitlines() if _stage_of(line) not in (stage, None)]
             write_atomic(metrics, "".join(f"{line}\n" for line in lines).encode())
-        self.record.update(_environment())  # of the last stage that ran; each stage keeps its own as well
-        self._write_record()
+        self._circumstances()
         self._started = time.monotonic()
         return folder
 
@@ -116,6 +115,11 @@ class RunFolder:
 
     def add_data(self, name: str, **facts: Any) -> None:
         self.record["data"][name] = facts
+        self._write_record()
+
+    def _circumstances(self) -> None:
+        """Versions, machine and commit of the stage that begins; what is done keeps its own commit."""
+        self.record.update(_environment())
         self._write_record()
 
     def _write_record(self) -> None:
@@ -149,9 +153,9 @@ def _stage_of(line: str) -> str | None:
         return None
 
 
-def _unfinished(folder: Path) -> set[str]:
-    """What a run that was cut in its first moments leaves: the lock, and files that were not in place yet."""
-    return {LOCK, *(file.name for file in folder.glob(".*.tmp"))}
+def _is_empty(path: Path) -> bool:
+    """A folder with nothing in it but what a run cut in its first moments leaves: the lock, unfinished files."""
+    return path.is_dir() and all(f.name == LOCK or f.match(".*.tmp") for f in path.iterdir())
 
 
 def _lock(folder: Path) -> int:

@@ -231,7 +231,8 @@ def test_a_recipe_written_out_is_read_back_as_it_was(small):
         assert recipe.base.revision == text
         copy = small.with_name("copy.yaml")
         copy.write_text(recipe_text(recipe))
-        assert given(load(copy)) == given(recipe)
+        assert load(copy).model_dump() == recipe.model_dump()
+        assert given(load(copy).stage("sft").trainer) == given(recipe.stage("sft").trainer)
 
 
 def test_a_copied_recipe_is_the_shipped_one_with_the_schema_it_names(tmp_path):

@@ -78,7 +78,13 @@ def test_the_selection_is_shown_by_source_beside_the_control(printed):
 def test_every_model_and_heuristic_is_a_whole_line_with_its_intervals(printed):
     models = {"base": scores(0.0), "sft": scores(0.3), "sft-random": scores(0.1), "rl": scores(0.45)}
     heuristics = {"greedy_first": scores(0.2), "patience_tails": scores(0.05)}
-    verify = {"task": {"name": "lis", "n": [3, 5]}, "instances": 40, "models": models, "heuristics": heuristics}
+    verify = {
+        "task": {"name": "lis", "n": [3, 5]},
+        "instances": 40,
+        "weights": "as loaded",
+        "models": models,
+        "heuristics": heuristics,
+    }
     text = printed({"verify": {"seconds": 1.0}}, verify)
     assert "verify: 40 held-out lis instances, n 3 to 5; 95 % intervals" in text
     labels = ["base model", "after sft", "after sft on the random control", "after rl"]

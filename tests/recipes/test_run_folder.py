@@ -37,6 +37,7 @@ def test_nothing_is_written_before_the_folder_is_entered(recipe, path):
 def test_an_entered_folder_holds_the_recipe_as_resolved_and_the_circumstances(small, path):
     recipe = load(small, ["seed=7", "stages.sft.trainer.max_steps=9"])
     with RunFolder(path, recipe) as folder:
+        folder.begin("select")
         folder.add_data("raw", rows=9)
     kept = load(path / "recipe.yaml")
     assert (kept.seed, kept.stage("sft").trainer.max_steps, kept.stage("select").k) == (7, 9, 4)
@@ -189,21 +190,34 @@ def test_the_record_names_the_commit_and_whether_it_was_changed(recipe, tmp_path
     git("add", "pool.jsonl")
     git("commit", "--quiet", "--message", "pool")
     with RunFolder(path, recipe) as folder:
+        folder.begin("select")
         assert folder.record["git"] == {"commit": git("rev-parse", "HEAD").strip(), "dirty": False}
     (tmp_path / "pool.jsonl").write_text("changed")
     with RunFolder(path, recipe) as folder:
+        assert folder.record["git"]["dirty"] is False, "what is done keeps the circumstances under which it was"
+        folder.begin("select")
         assert folder.record["git"]["dirty"] is True
 
 
 def test_outside_a_repository_and_without_git_the_record_says_so(recipe, tmp_path, path, monkeypatch):
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
     with RunFolder(path, recipe) as folder:
+        folder.begin("select")
         assert folder.record["git"] is None
     monkeypatch.setenv("PATH", "")
     with RunFolder(path, recipe) as folder:
+        folder.begin("select")
         assert folder.record["git"] is None
 
 
-def test_the_text_of_a_recipe_says_what_was_given_and_no_defaults(recipe):
+def test_the_text_of_a_recipe_holds_its_defaults_and_of_a_trainer_what_was_given(recipe):
     text = recipe_text(recipe)
-    assert "k: 4" in text and "learning_rate: 0.001" in text and "ngrams" not in text and "seed" not in text
+    assert "k: 4" in text and "learning_rate: 0.001" in text and "ngrams: 2" in text and "seed: 0" in text
+    assert "weight_decay" not in text
+
+
+def test_what_a_kill_in_the_first_moment_leaves_is_no_other_run(recipe, path):
+    path.mkdir(parents=True)
+    (path / ".recipe.yaml.123.tmp").write_text("na")
+    with RunFolder(path, recipe) as folder:
+        assert (folder.path / "recipe.yaml").is_file()
