@@ -18,8 +18,9 @@ def dense_weights(model: nn.Module, dtype: torch.dtype = torch.bfloat16) -> Iter
 
     Decoding passes a few tokens at a time, and then de-quantising each weight and applying each adapter cost several
     times the product itself. Inside the block every quantised or adapted linear layer multiplies by
-    dequantise(W) + delta W, rounded to `dtype`: the same function up to that rounding, for 2 bytes a weight. No
-    gradient flows to the adapter, so this is for generation and evaluation.
+    dequantise(W) + delta W, rounded to `dtype`: the same function up to that rounding, for 2 bytes a weight. (An int8
+    base rounds its activations too, which dense weights do not.) No gradient flows to the adapter, so this is for
+    generation and evaluation.
 
     Layers that PEFT cannot de-quantise, and merged ones, run as they are.
     """

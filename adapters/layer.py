@@ -66,7 +66,10 @@ class MokaLayer(BaseTunerLayer):
         **kwargs: Any,
     ) -> None:
         """Add the factors and the gate of one adapter to this layer."""
-        shapes = resolve_shapes(config, self.out_features, self.in_features)[:r]
+        shapes = resolve_shapes(config, self.out_features, self.in_features)
+        if config.shapes != "balanced" and len(shapes) > r:
+            raise AdapterError(f"{len(shapes)} shapes for r = {r} products; give at most {r} shapes, or a larger r")
+        shapes = shapes[:r]
         counts = [r // len(shapes) + (i < r % len(shapes)) for i in range(len(shapes))]
         self.moka_A[adapter_name] = nn.ParameterList(
             torch.empty(k, a_out, a_in) for k, (a_out, a_in) in zip(counts, shapes, strict=True)

@@ -148,7 +148,7 @@ def _jsonl_rows(path: Path) -> Iterator[Row]:
                 continue
             try:
                 row = json.loads(line)
-            except ValueError as error:  # bad JSON and bad UTF-8 alike
+            except (ValueError, RecursionError) as error:  # bad JSON, bad UTF-8, brackets without end
                 raise DataSelectionError(f"{path}:{number}: not JSON: {error}") from error
             if not isinstance(row, dict):
                 raise DataSelectionError(f"{path}:{number}: a {type(row).__name__}, not an object; give one row a line")

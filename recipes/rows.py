@@ -39,8 +39,42 @@ def _rows(source: Source, name: str) -> Iterator[Row]:
                 }
     else:
         for row, where in read_rows(source, name):
-            row_text(row, where)
+            _check_row(row, where)
             yield {"source": source, **row}
+
+
+def _check_row(row: Row, where: str) -> None:
+    """Refuse, with its place, a row that `tokenize` could not use.
+
+    Raises:
+        DataSelectionError: a text is no text, messages are none, or none of them is the assistant's.
+    """
+    try:
+        row_text(row, where).encode()
+    except UnicodeEncodeError as error:
+        raise DataSelectionError(f"{where}: half of a surrogate pair is no text: {error}; repair the row") from error
+    if isinstance(row.get("text"), str):
+        return
+    if "messages" in row:
+        _check_messages(row["messages"], where, "messages")
+        if not any(message["role"] == "assistant" for message in row["messages"]):
+            raise DataSelectionError(f"{where}: no message is the assistant's, so there is nothing to learn from")
+    elif isinstance(row.get("prompt"), list) and isinstance(row.get("completion"), list):
+        _check_messages(row["prompt"], where, "prompt")
+        _check_messages(row["completion"], where, "completion")
+    elif not (isinstance(row.get("prompt"), str) and isinstance(row.get("completion"), str)):
+        raise DataSelectionError(f"{where}: 'prompt' and 'completion' must be both strings or both lists of messages")
+
+
+def _check_messages(messages: Any, where: str, column: str) -> None:
+    good = isinstance(messages, list) and messages
+    for message in messages if good else ():
+        good = good and isinstance(message.get("role"), str) and isinstance(message.get("content"), str)
+    if not good:
+        raise DataSelectionError(
+            f"{where}: {column!r} must be a list of messages with a text 'role' and a text 'content', "
+            f"got {str(messages)[:80]!r}"
+        )
 
 
 def fingerprint(rows: Iterable[Row]) -> str:

@@ -46,6 +46,7 @@ class RunFolder:
         self.recipe_text = recipe_text(recipe)
         self._refuse_other()
         self.record: dict[str, Any] = {"name": recipe.name, "seed": recipe.seed, "stages": {}, "data": {}}
+        self._read_record()
 
     def __enter__(self) -> Self:
         self.path.mkdir(parents=True, exist_ok=True)
@@ -54,9 +55,8 @@ class RunFolder:
             self._refuse_other()  # another run may have come and gone since
             if not (self.path / "recipe.yaml").is_file():
                 write_atomic(self.path / "recipe.yaml", self.recipe_text.encode())
-            if (self.path / "run.json").is_file():
-                self.record = json.loads((self.path / "run.json").read_text(encoding="utf-8"))
-            else:
+            self._read_record()
+            if "recipe_sha256" not in self.record:
                 self.record["recipe_sha256"] = hashlib.sha256(self.recipe_text.encode()).hexdigest()
                 self._circumstances()
         except BaseException:
@@ -81,7 +81,7 @@ class RunFolder:
             raise WrongFolder(f"{self.path} exists and is no run folder. Nothing was changed; give another with --out.")
 
     def is_done(self, stage: str) -> bool:
-        return (self.path / stage / "done").is_file()
+        return (self.path / stage / "done").is_file() and stage in self.record["stages"]
 
     def begin(self, stage: str) -> Path:
         """An empty folder for the stage; what an earlier, cut attempt left is removed."""
@@ -116,6 +116,17 @@ class RunFolder:
     def add_data(self, name: str, **facts: Any) -> None:
         self.record["data"][name] = facts
         self._write_record()
+
+    def _read_record(self) -> None:
+        file = self.path / "run.json"
+        if not file.is_file():
+            return
+        try:
+            self.record = json.loads(file.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise RunError(
+                f"{file} is damaged ({error}). Delete it to run all stages again, or put back a copy of it."
+            ) from error
 
     def _circumstances(self) -> None:
         """Versions, machine and commit of the stage that begins; what is done keeps its own commit."""

@@ -14,7 +14,7 @@ class Section(BaseModel):
 
 
 class BaseModelSection(Section):
-    model: str
+    model: str = Field(min_length=1)
     """A Hub id, a folder, or smollm2-135m, the embedded model."""
     quantization: Literal["nf4", "fp4", "int8"] | None = "nf4"
     """Of the linear layers, by bitsandbytes; null for none."""

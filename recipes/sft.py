@@ -1,11 +1,13 @@
 """The sft stage: supervised fine-tuning of a fresh adapter on the selection, through TRL."""
 
+import sys
+
 from datasets import Dataset
 from trl import SFTConfig, SFTTrainer
 
 from .progress import Report
 from .rows import Row, fingerprint, read_sources, tokenize
-from .run_folder import RunFolder
+from .run_folder import RunError, RunFolder
 from .schema import Recipe, Sft
 from .select import selected_rows
 from .training import exact_parameters, new_adapter, train, trainer_arguments
@@ -26,10 +28,21 @@ def run_sft(recipe: Recipe, stage: Sft, run: RunFolder, control: str | None = No
             processing_class=tokenizer,
             callbacks=[Report(name, run, shown=("loss",))],
         )
+    _say_what_is_cut(name, len(rows), trainer)
     longest = trainer.args.max_length or max(map(len, dataset["input_ids"]))
     truncated = sum(len(ids) > longest for ids in dataset["input_ids"])
     run.add_data(name, rows=len(rows), sha256=fingerprint(rows), truncated=truncated, kept=len(trainer.train_dataset))
     train(trainer, run, name, folder, tokenizer)
+
+
+def _say_what_is_cut(name: str, rows: int, trainer: SFTTrainer) -> None:
+    """TRL drops the rows that have nothing left to learn within `max_length`, and says so only in its log."""
+    kept = len(trainer.train_dataset)
+    dropped = f"{name}: {rows - kept} of {rows} rows have nothing to learn within max_length {trainer.args.max_length}"
+    if not kept:
+        raise RunError(f"{dropped}; give a larger max_length under trainer")
+    if kept < rows:
+        print(f"{dropped}, and are left out", file=sys.stderr)
 
 
 def _rows(stage: Sft, run: RunFolder, control: str | None) -> list[Row]:

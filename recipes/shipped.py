@@ -33,14 +33,17 @@ def shipped_text(name: str) -> str:
 def copy_recipe(name: str, to: Path) -> Path:
     """Write a shipped recipe to a new file, and beside it the schema that its first line names to editors.
 
+    It is renamed after the file, so that its runs do not meet those of the shipped one.
+
     Raises:
         RecipeError: there is none of this name, the file exists, or it cannot be written.
     """
-    content = shipped_text(name).encode()
+    content = shipped_text(name).replace(f"name: {name}\n", f"name: {to.stem}\n", 1).encode()
     try:
         with to.open("xb") as file:
             file.write(content)
-        (to.parent / SCHEMA).write_bytes(_bytes(SCHEMA))
+        if not (to.parent / SCHEMA).exists():
+            (to.parent / SCHEMA).write_bytes(_bytes(SCHEMA))
     except FileExistsError:
         raise RecipeError([Fault(str(to), "the file exists and was left as it is; give another name")]) from None
     except OSError as error:

@@ -148,4 +148,8 @@ def _settle_libraries() -> None:
 
 
 def main() -> None:
+    import signal
+
+    # A batch system's time limit ends like Ctrl-C: with a word, and with what is finished kept.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     app()

@@ -237,7 +237,8 @@ def test_a_recipe_written_out_is_read_back_as_it_was(small):
 
 def test_a_copied_recipe_is_the_shipped_one_with_the_schema_it_names(tmp_path):
     copy = copy_recipe("quickstart", tmp_path / "mine.yaml")
-    assert copy.read_text() == shipped_text("quickstart") and given(load(copy)) == given(load("quickstart"))
+    assert copy.read_text() == shipped_text("quickstart").replace("name: quickstart", "name: mine")
+    assert given(load(copy)) == given(load("quickstart")) | {"name": "mine"}
     schema = copy.read_text().split("$schema=./")[1].split("\n")[0]
     assert (tmp_path / schema).read_text() == recipe_schema()
 

@@ -168,3 +168,22 @@ def test_a_template_that_rewrites_earlier_turns_is_refused_where_it_matters(toke
     assert learned({"messages": one}, tokenizer) == "b\n"
     with pytest.raises(DataSelectionError, match="tokens of earlier turns"):
         tokenize({"messages": [*one, *one]}, tokenizer)
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        '{"messages": "hello"}',
+        '{"messages": []}',
+        '{"messages": [{"role": 1, "content": "a"}, {"role": "assistant", "content": "b"}]}',
+        '{"messages": [{"role": "assistant", "content": null}]}',
+        '{"messages": [{"role": "user", "content": "a"}]}',
+        '{"text": "\\ud800 abc"}',
+        '{"prompt": "a", "completion": [{"role": "assistant", "content": "b"}]}',
+    ],
+)
+def test_a_row_that_cannot_be_trained_on_is_refused_with_its_file_and_line(row, tmp_path):
+    file = tmp_path / "pool.jsonl"
+    file.write_text('{"text": "fine"}\n' + row + "\n")
+    with pytest.raises(DataSelectionError, match=r"pool\.jsonl:2: "):
+        read_sources([str(file)], "raw")

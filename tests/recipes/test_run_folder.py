@@ -7,7 +7,7 @@ import pytest
 
 from krontune.recipes import run_folder
 from krontune.recipes.loader import load
-from krontune.recipes.run_folder import RunFolder, WrongFolder, recipe_text
+from krontune.recipes.run_folder import RunError, RunFolder, WrongFolder, recipe_text
 
 
 def tree(folder):
@@ -221,3 +221,15 @@ def test_what_a_kill_in_the_first_moment_leaves_is_no_other_run(recipe, path):
     (path / ".recipe.yaml.123.tmp").write_text("na")
     with RunFolder(path, recipe) as folder:
         assert (folder.path / "recipe.yaml").is_file()
+
+
+def test_a_damaged_record_is_named_and_a_lost_one_undoes_the_stages(recipe, path):
+    with RunFolder(path, recipe) as folder:
+        folder.begin("select")
+        folder.finish("select")
+    assert RunFolder(path, recipe).is_done("select")
+    (path / "run.json").write_text("")
+    with pytest.raises(RunError, match=r"run.json is damaged"):
+        RunFolder(path, recipe)
+    (path / "run.json").unlink()
+    assert not RunFolder(path, recipe).is_done("select")
