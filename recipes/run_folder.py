@@ -15,7 +15,7 @@ from typing import Any, Self
 import yaml
 
 from ..data_selection.selection import write_atomic
-from .schema import Recipe
+from .schema import Recipe, Rl, Sft
 from .trainer_args import given
 from .yaml12 import is_plain_text
 
@@ -141,7 +141,7 @@ def recipe_text(recipe: Recipe) -> str:
     """The recipe as YAML, with overrides and krontune's defaults; of a trainer the given keys. `load` reads it back."""
     content = recipe.model_dump()
     for stage, values in zip(recipe.stages, content["stages"], strict=True):
-        if "trainer" in values:
+        if isinstance(stage, Sft | Rl):
             values["trainer"] = given(stage.trainer)
     return yaml.dump(content, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 

@@ -1,6 +1,7 @@
 """The sft stage: supervised fine-tuning of a fresh adapter on the selection, through TRL."""
 
 import sys
+from typing import Any
 
 from datasets import Dataset
 from trl import SFTConfig, SFTTrainer
@@ -21,7 +22,7 @@ def run_sft(recipe: Recipe, stage: Sft, run: RunFolder, control: str | None = No
     model, tokenizer = new_adapter(recipe, stage.adapter)
     dataset = Dataset.from_list([tokenize(row, tokenizer) for row in rows])
     with exact_parameters(model):
-        trainer = SFTTrainer(
+        trainer: Any = SFTTrainer(
             model=model,
             args=SFTConfig(**trainer_arguments(recipe, stage.trainer, folder)),
             train_dataset=dataset,
@@ -35,7 +36,7 @@ def run_sft(recipe: Recipe, stage: Sft, run: RunFolder, control: str | None = No
     train(trainer, run, name, folder, tokenizer)
 
 
-def _say_what_is_cut(name: str, rows: int, trainer: SFTTrainer) -> None:
+def _say_what_is_cut(name: str, rows: int, trainer: Any) -> None:
     """TRL drops the rows that have nothing left to learn within `max_length`, and says so only in its log."""
     kept = len(trainer.train_dataset)
     dropped = f"{name}: {rows - kept} of {rows} rows have nothing to learn within max_length {trainer.args.max_length}"

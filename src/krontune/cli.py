@@ -39,12 +39,13 @@ def check(recipe: RecipeName, overrides: Overrides = None, show_traceback: Trace
     """Find every fault of a recipe that shows without training."""
 
     def body() -> None:
-        from krontune import recipes
+        from krontune.recipes import RecipeError, load
+        from krontune.recipes import check as find_faults
 
-        loaded = recipes.load(recipe, overrides or ())
-        faults = recipes.check(loaded)
+        loaded = load(recipe, overrides or ())
+        faults = find_faults(loaded)
         if faults:
-            raise recipes.RecipeError(faults)
+            raise RecipeError(faults)
         typer.echo(f"{recipe}: no faults; stages: {', '.join(stage.stage for stage in loaded.stages)}")
 
     _guarded(body, show_traceback)
@@ -60,11 +61,11 @@ def run(
     """Run a recipe; run it again to go on where it was cut."""
 
     def body() -> None:
-        from krontune import recipes
+        from krontune.recipes import load
+        from krontune.recipes import run as run_recipe
         from krontune.recipes.report import print_report
 
-        finished = recipes.run(recipes.load(recipe, overrides or ()), out, say=typer.echo)
-        print_report(finished)
+        print_report(run_recipe(load(recipe, overrides or ()), out, say=typer.echo))
 
     _guarded(body, show_traceback)
 
