@@ -173,7 +173,7 @@ def test_stages_that_stand_alone_are_fine(tmp_path):
     verify = "- {stage: verify, task: {name: lis, n: [3, 5]}}\n"
     for stages in (SELECT, SFT, RL.replace("]}}", "]}, adapter: {}}"), verify, SELECT + "- stage: sft\n" + RL + verify):
         file.write_text(HEAD + stages)
-        load(file)
+        assert len(load(file).stages) == stages.count("stage: ")
 
 
 @pytest.mark.parametrize("name", ["missing.yaml", "folder/missing", "missing.yml"])
