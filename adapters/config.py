@@ -35,6 +35,8 @@ class MokaConfig(PeftConfig):
             a_out must divide the layer's out_features and a_in its in_features.
         alpha: scale of the update; None stands for the layer's r, so that every product begins at weight 1.
         gate: "softmax", or "none" for the fixed weight 1 / r (the ablation).
+        identity: None, or the factor that is fixed to the identity: "A" or "B" (MoKA_s, see `identity.py`). The trained
+            factor starts at zero, and equal shapes add up to one product, so take n_shapes = r.
         dropout: dropout on the adapter's input.
         target_modules: names, a regular expression, or "all-linear"; None takes PEFT's choice for the architecture
             (q_proj and v_proj for most).
@@ -44,7 +46,11 @@ class MokaConfig(PeftConfig):
         rank_pattern: r for modules whose name matches, e.g. {"down_proj": 4}.
         alpha_pattern: alpha for modules whose name matches.
         modules_to_save: modules trained in full and saved with the adapter.
-        init_weights: True as above; False draws B as A, so that the adapter is not the identity (for tests).
+        bias: "none"; "moka_only" trains the biases of the adapted layers, "all" every bias of the model, and saves them
+            with the adapter. Then only one adapter is allowed, and disabling it does not give the base's output again.
+        init_weights: True as above. False draws B as A, so that the adapter is not the identity (for tests). "nearest"
+            points the A_i where the weight's own nearest Kronecker sum has them (Van Loan and Pitsianis, 1993), B zero:
+            the update starts at zero and the base weight stays as it is, quantised or not.
         resolved_shapes: written by the tuner: the shapes in use for each (outputs, inputs, n_shapes), e.g.
             {"576x192:5": [[24, 12], ...]}. It is saved, so that a later version with another choice of balanced shapes
             loads today's adapters.
@@ -58,6 +64,7 @@ class MokaConfig(PeftConfig):
     shapes: str | list[Shape] = "balanced"
     alpha: float | None = None
     gate: Literal["softmax", "none"] = "softmax"
+    identity: Literal["A", "B"] | None = None
     dropout: float = 0.0
     target_modules: list[str] | str | None = None
     exclude_modules: list[str] | str | None = None
@@ -66,8 +73,8 @@ class MokaConfig(PeftConfig):
     rank_pattern: dict[str, int] = field(default_factory=dict)
     alpha_pattern: dict[str, float] = field(default_factory=dict)
     modules_to_save: list[str] | None = None
-    bias: Literal["none"] = "none"
-    init_weights: bool = True
+    bias: Literal["none", "all", "moka_only"] = "none"
+    init_weights: bool | Literal["nearest"] = True
     resolved_shapes: dict[str, list[Shape]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -92,8 +99,16 @@ class MokaConfig(PeftConfig):
             raise AdapterError(f"gate must be 'softmax' or 'none', got {self.gate!r}")
         if not isinstance(self.dropout, (int, float)) or not 0.0 <= self.dropout < 1.0:
             raise AdapterError(f"dropout must be in [0, 1), got {self.dropout!r}")
-        if self.bias != "none":
-            raise AdapterError(f"bias must be 'none': MoKA trains no biases; got {self.bias!r}")
+        if self.identity not in (None, "A", "B"):
+            raise AdapterError(f"identity must be None, 'A' or 'B', got {self.identity!r}")
+        if self.bias not in ("none", "all", "moka_only"):
+            raise AdapterError(f"bias must be 'none', 'all' or 'moka_only', got {self.bias!r}")
+        if not isinstance(self.init_weights, bool) and self.init_weights != "nearest":
+            raise AdapterError(f"init_weights must be True, False or 'nearest', got {self.init_weights!r}")
+        if self.init_weights == "nearest" and self.identity is not None:
+            raise AdapterError(
+                "init_weights='nearest' sets the factors A, and identity leaves one factor only; use one of the two"
+            )
         if self.shapes != "balanced":
             self._check_shapes(self.shapes)
         if self.layers_pattern and self.layers_to_transform is None:

@@ -2,14 +2,12 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
-from typing import cast
+from typing import Any, cast
 
 import torch
-from peft.utils import resolve_quantization_backend
 from torch import nn
 
-from .layer import MokaLayer
+from .layer import MokaLayer, quantisation_of
 
 
 @contextmanager
@@ -20,17 +18,16 @@ def dense_weights(model: nn.Module, dtype: torch.dtype = torch.bfloat16) -> Iter
     times the product itself. Inside the block every quantised or adapted linear layer multiplies by
     dequantise(W) + delta W, rounded to `dtype`: the same function up to that rounding, for 2 bytes a weight. (An int8
     base rounds its activations too, which dense weights do not.) No gradient flows to the adapter, so this is for
-    generation and evaluation.
+    generation and evaluation. Inside, adapters may be switched, disabled and scaled, which builds their layers' weights
+    anew at the next call; a step of an optimizer is not seen.
 
-    Layers that PEFT cannot de-quantise, and merged ones, run as they are.
+    Layers that PEFT cannot de-quantise, merged ones, and batches with `adapter_names` run as they are.
     """
     swapped = [module for name, module in model.named_modules() if _is_swappable(name, module)]
     own = [vars(module).get("forward") for module in swapped]  # accelerate's hooks sit there
     try:
         for module in swapped:
-            weight = _dense_weight(module).to(dtype)
-            bias = cast(nn.Linear, module.get_base_layer() if isinstance(module, MokaLayer) else module).bias
-            vars(module)["forward"] = partial(_linear, weight, bias)  # in front of the class's method
+            vars(module)["forward"] = _Dense(module, dtype)  # in front of the class's method
         yield
     finally:
         for module, forward in zip(swapped, own, strict=True):
@@ -39,25 +36,56 @@ def dense_weights(model: nn.Module, dtype: torch.dtype = torch.bfloat16) -> Iter
                 vars(module)["forward"] = forward
 
 
+class _Dense:
+    """The forward of one layer on a dense weight, which is built anew when other adapters are active."""
+
+    def __init__(self, module: nn.Module, dtype: torch.dtype) -> None:
+        self.module, self.dtype, self.own = module, dtype, module.forward
+        self.state: Any = None
+        self.weight, self.bias = self._build()
+
+    def __call__(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if (
+            args
+            or kwargs.get("adapter_names") is not None
+            or (isinstance(self.module, MokaLayer) and self.module.merged)
+        ):
+            return self.own(x, *args, **kwargs)
+        if _state(self.module) != self.state:
+            self.weight, self.bias = self._build()
+        return nn.functional.linear(x.to(self.dtype), self.weight, self.bias).to(x.dtype)
+
+    @torch.no_grad()
+    def _build(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        self.state = _state(self.module)
+        bias = cast(nn.Linear, _base(self.module)).bias
+        return _dense_weight(self.module).to(self.dtype), bias.to(self.dtype) if bias is not None else None
+
+
+def _state(module: nn.Module) -> Any:
+    """What decides which adapters take part, and how strongly."""
+    if not isinstance(module, MokaLayer):
+        return None
+    return module.disable_adapters, [(name, module.moka_scale.get(name)) for name in module.active_adapters]
+
+
+def _base(module: nn.Module) -> nn.Module:
+    return module.get_base_layer() if isinstance(module, MokaLayer) else module
+
+
 def _is_swappable(name: str, module: nn.Module) -> bool:
     if isinstance(module, MokaLayer):
         backend = module.quantization_backend
-        return not module.merged and not module.disable_adapters and (backend is None or backend.supports_merge)
+        return not module.merged and (backend is None or backend.supports_merge)
     if name.endswith(".base_layer"):
         return False
-    backend = resolve_quantization_backend(module)
+    backend = quantisation_of(module)
     return backend is not None and backend.supports_merge and backend.layer_type == "linear"
 
 
-@torch.no_grad()
 def _dense_weight(module: nn.Module) -> torch.Tensor:
     if isinstance(module, MokaLayer):
-        return module.adapted_weight()
-    backend = resolve_quantization_backend(module)
+        return module.base_matrix() if module.disable_adapters else module.adapted_weight()
+    backend = quantisation_of(module)
     assert backend is not None
     return backend.get_base_weight(module)
-
-
-def _linear(weight: torch.Tensor, bias: torch.Tensor | None, x: torch.Tensor) -> torch.Tensor:
-    bias = bias.to(weight.dtype) if bias is not None else None
-    return nn.functional.linear(x.to(weight.dtype), weight, bias).to(x.dtype)

@@ -8,6 +8,7 @@ they are close to, and not equal to, those of the Hub's HuggingFaceTB/SmolLM2-13
 import os
 import shutil
 import tempfile
+import time
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
@@ -52,6 +53,7 @@ def _dequantise(gguf: Path, folder: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(**source)
 
     folder.parent.mkdir(parents=True, exist_ok=True)
+    _remove_stale(folder)
     beside = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
         model.save_pretrained(beside)
@@ -63,3 +65,10 @@ def _dequantise(gguf: Path, folder: Path) -> None:
             raise
     finally:
         shutil.rmtree(beside, ignore_errors=True)
+
+
+def _remove_stale(folder: Path) -> None:
+    """Take away what a killed process left half written: temporary folders untouched for an hour."""
+    for left in folder.parent.glob(f".{folder.name}-*"):
+        if time.time() - left.stat().st_mtime > 3600:
+            shutil.rmtree(left, ignore_errors=True)

@@ -4,11 +4,16 @@ PEFT has no plug-in hook: `register_peft_method` accepts members of the enum `Pe
 added at run time, which keeps every `config.peft_type.value` in PEFT and transformers working.
 """
 
-from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+import warnings
+
+import peft
+from packaging.version import Version
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.utils import register_peft_method
 from peft.utils.peft_types import PeftType
 
 NAME = "MOKA"
+TESTED = ("0.21", "0.22")  # from the first, below the second: the versions whose own tests MoKA passes
 
 
 def moka_type() -> PeftType:
@@ -27,7 +32,7 @@ def moka_type() -> PeftType:
 
 
 def register() -> None:
-    """Register MoKA with PEFT; a second call changes nothing.
+    """Register MoKA with PEFT; a second call changes nothing. Warns where this PEFT is outside the tested range.
 
     Raises:
         RuntimeError: this PEFT already has another tuner named MOKA.
@@ -38,12 +43,20 @@ def register() -> None:
     known = PEFT_TYPE_TO_CONFIG_MAPPING.get(moka_type())
     if known is MokaConfig:
         return
+    if known is not None and known.__module__ == MokaConfig.__module__:  # imported anew, as notebooks do
+        PEFT_TYPE_TO_CONFIG_MAPPING[moka_type()] = MokaConfig
+        PEFT_TYPE_TO_TUNER_MAPPING[moka_type()] = MokaModel
+        return
     if known is not None:
-        import peft
-
         raise RuntimeError(
             f"peft {peft.__version__} already has a tuner named MOKA ({known.__module__}.{known.__qualname__}), which "
-            "is not krontune's: adapters of the two are not compatible. Install a peft that krontune supports "
-            "(pip install krontune states the range)."
+            "is not krontune's: adapters of the two are not compatible. Install a peft that krontune was tested with: "
+            f"pip install 'peft>={TESTED[0]},<{TESTED[1]}'"
+        )
+    if not Version(TESTED[0]) <= Version(peft.__version__) < Version(TESTED[1]):
+        warnings.warn(
+            f"krontune's MoKA was tested with peft >= {TESTED[0]}, < {TESTED[1]}, and peft {peft.__version__} is "
+            "installed; saving, loading and merging may differ",
+            stacklevel=2,
         )
     register_peft_method(name=NAME.lower(), config_cls=MokaConfig, model_cls=MokaModel)

@@ -1,5 +1,6 @@
 """Loading the frozen base: quantisations, errors, the embedded model and its cache."""
 
+import os
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -224,3 +225,20 @@ def test_a_cache_that_cannot_be_written_is_an_error_for_people(unpacking, monkey
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     assert "cannot be unpacked into" in (message := refusal("smollm2-135m")) and "XDG_CACHE_HOME" in message
+
+
+def test_what_a_killed_process_left_half_unpacked_is_removed(unpacking):
+    unpacking.cache.mkdir(parents=True)
+    old, fresh = (unpacking.cache / f".smollm2-135m-9.9-{name}" for name in ("old", "fresh"))
+    for folder in (old, fresh):
+        folder.mkdir()
+        (folder / "model.safetensors").write_bytes(b"half")
+    os.utime(old, (time.time() - 7200,) * 2)
+    embedded.embedded_checkpoint()
+    assert not old.exists() and fresh.exists()
+
+
+def test_the_hub_id_of_the_embedded_model_means_the_embedded_model_unless_a_revision_is_given(unpacking):
+    folder = str(unpacking.cache / "smollm2-135m-9.9")
+    assert base.resolve_model(embedded.HUB_ID) == base.resolve_model("smollm2-135m") == folder
+    assert base.resolve_model(embedded.HUB_ID, "main") == embedded.HUB_ID

@@ -120,3 +120,47 @@ def test_a_quantised_model_without_an_adapter_runs_dense_too(tiny_folder, tokens
         inside = logits(model, tokens)
     assert (inside - expected).norm() < 0.03 * expected.norm()
     assert not any("forward" in vars(module) for module in model.modules())
+
+
+def test_adapters_may_be_switched_disabled_and_scaled_inside(tiny, tokens, shake):
+    model = shake(get_peft_model(tiny, MokaConfig(target_modules=["q_proj", "up_proj"])), scale=0.1).eval()
+    model.add_adapter("other", MokaConfig(target_modules=["q_proj"], r=2))
+    shake(model, "other", seed=2, scale=0.3)
+
+    def outputs():
+        found = []
+        for name in ("other", "default"):
+            model.set_adapter(name)
+            found.append(logits(model, tokens))
+            with model.disable_adapter():
+                found.append(logits(model, tokens))
+            for layer in adapted_layers(model):
+                layer.set_scale(name, 0.3)
+            found.append(logits(model, tokens))
+            for layer in adapted_layers(model):
+                layer.set_scale(name, 1.0)
+        return found
+
+    expected = outputs()
+    with dense_weights(model, torch.float32):
+        inside = outputs()
+    for one, other in zip(inside, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+    assert all((one - other).abs().max() > 1e-2 for one, other in zip(expected, expected[1:], strict=False))
+
+
+def test_mixed_batches_and_merges_inside_give_what_they_give_outside(tiny, tokens, shake):
+    model = shake(get_peft_model(tiny, MokaConfig(target_modules=["q_proj"])), scale=0.3).eval()
+    names = ["default", "__base__", "default"]
+    with torch.no_grad():
+        expected = model(tokens, adapter_names=names).logits
+        with dense_weights(model, torch.float32):
+            assert torch.equal(model(tokens, adapter_names=names).logits, expected)
+            model.merge_adapter()
+            for layer in adapted_layers(model):
+                layer.set_scale("default", 2.0)  # which merged weights do not follow
+            torch.testing.assert_close(model(tokens).logits[0], expected[0], rtol=1e-4, atol=1e-4)
+            model.unmerge_adapter()
+            for layer in adapted_layers(model):
+                layer.set_scale("default", 1.0)
+            torch.testing.assert_close(model(tokens).logits[0], expected[0], rtol=1e-4, atol=1e-4)

@@ -67,8 +67,9 @@ def test_all_active_adapters_are_merged(tiny, tokens, shake, tmp_path):
     torch.testing.assert_close(logits(plain, tokens), expected, rtol=1e-4, atol=1e-4)
 
 
-def test_an_adapted_output_layer_is_untied_from_the_embedding(tiny_llama, tokens, shake, tmp_path):
-    model = adapted(tiny_llama(tie_word_embeddings=True), shake, target_modules=["q_proj", "lm_head"])
+def test_an_output_layer_trained_in_full_is_untied_from_the_embedding(tiny_llama, tokens, shake, tmp_path):
+    model = adapted(tiny_llama(tie_word_embeddings=True), shake, target_modules=["q_proj"], modules_to_save=["lm_head"])
+    torch.nn.init.normal_(model.base_model.model.lm_head.modules_to_save["default"].weight, std=0.2)
     expected = logits(model, tokens)
     plain = read(export_merged(model, tmp_path, dtype=torch.float32))
     torch.testing.assert_close(logits(plain, tokens), expected, rtol=1e-4, atol=1e-4)
@@ -145,3 +146,50 @@ def test_models_that_cannot_be_merged_are_refused_before_anything_is_written(tin
     with pytest.raises(AdapterError, match="unmerge_adapter"):
         export_merged(model, out)
     assert not out.exists()
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "int8"])
+def test_a_checkpoint_is_written_quantised_again_on_request(tiny_folder, tokens, shake, tmp_path, quantization):
+    base, _ = load_base(tiny_folder, "nf4", dtype=torch.float32, device="cpu")
+    model = adapted(base, shake)
+    expected = logits(model, tokens)
+    with model.disable_adapter():
+        effect = (logits(model, tokens) - expected).norm()
+    folder = export_merged(model, tmp_path, torch.float32, requantize=quantization)
+    again = read(folder)
+    assert json.loads((folder / "config.json").read_text())["quantization_config"]["load_in_4bit"] == (
+        quantization == "nf4"
+    )
+    assert again.model.layers[0].mlp.up_proj.weight.dtype in (torch.uint8, torch.int8)
+    assert (logits(again, tokens) - expected).norm() < {"nf4": 0.7, "int8": 0.3}[quantization] * effect
+
+
+def test_the_export_makes_no_second_model_in_float32(tiny_llama, shake, tmp_path, monkeypatch):
+    made = []
+    model = adapted(tiny_llama().bfloat16(), shake)
+    kind = type(model.get_base_model())
+    start = kind.__init__
+    monkeypatch.setattr(kind, "__init__", lambda self, *a, **k: (start(self, *a, **k), made.append(self))[0])
+    devices = []
+    load = kind.load_state_dict
+    monkeypatch.setattr(
+        kind,
+        "load_state_dict",
+        lambda self, *a, **k: (devices.append({p.device.type for p in self.parameters()}), load(self, *a, **k))[1],
+    )
+    export_merged(model, tmp_path)
+    assert len(made) == 1 and devices == [{"meta"}]
+
+
+def test_an_adapter_over_the_embedded_model_is_exported_from_its_folder(embedded, tmp_path):
+    base, _ = embedded
+    model = get_peft_model(base, MokaConfig(layers_to_transform=[0], r=2, init_weights=False))
+    expected = model.base_model.model.model.layers[0].self_attn.q_proj.delta_matrix("default")
+    model.save_pretrained(tmp_path / "adapter")
+    model.unload()
+    written = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert written["base_model_name_or_path"] == "HuggingFaceTB/SmolLM2-135M-Instruct"
+    plain = read(export_merged(tmp_path / "adapter", tmp_path / "out", torch.float32))
+    published, _ = load_base("smollm2-135m", None, dtype=torch.float32, device="cpu")
+    change = plain.model.layers[0].self_attn.q_proj.weight - published.model.layers[0].self_attn.q_proj.weight
+    torch.testing.assert_close(change.detach(), expected.detach(), rtol=1e-3, atol=1e-5)

@@ -4,6 +4,7 @@ from itertools import product
 
 import pytest
 import torch
+import torch.utils.checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from krontune.adapters import kronecker
@@ -102,18 +103,18 @@ def test_a_gate_of_higher_precision_leaves_the_dtype_of_x():
 def test_few_rows_go_through_the_factors_and_many_through_the_built_matrix(rows, built, monkeypatch):
     x, a, b, gate = make((12, 30), [(3, 5), (2, 15)], rows)
     taken = []
-    for name in ("kron_group", "kron_weight"):
+    for name in ("add_group", "kron_weight"):
         original = getattr(kronecker, name)
         monkeypatch.setattr(kronecker, name, lambda *args, n=name, f=original: taken.append(n) or f(*args))
     kron_mix(x, a, b, gate)
-    assert set(taken) == {"kron_weight" if built else "kron_group"}
+    assert set(taken) == {"kron_weight" if built else "add_group"}
 
 
 def test_products_of_equal_shape_share_one_call(monkeypatch):
     x, a, b, gate = make((12, 30), [(3, 5), (2, 15), (3, 5), (3, 5), (2, 15)], FEW)
     sizes = []
-    original = kronecker.kron_group
-    monkeypatch.setattr(kronecker, "kron_group", lambda x, a, b, g: sizes.append(a.shape[0]) or original(x, a, b, g))
+    original = kronecker.arrange
+    monkeypatch.setattr(kronecker, "arrange", lambda a, b, g: sizes.append(a.shape[0]) or original(a, b, g))
     kron_mix(x, a, b, gate)
     assert sorted(sizes) == [2, 3]
 
@@ -199,3 +200,96 @@ def test_the_five_shapes_of_a_4096_square_layer():
 def test_sizes_below_one_are_refused(sizes):
     with pytest.raises(ValueError, match="positive"):
         balanced_shapes(*sizes)
+
+
+FACTORED = [((256, 256), [(16, 16), (16, 16), (8, 32), (32, 8)]), ((66, 130), [(6, 10), (33, 65), (6, 10), (2, 5)])]
+
+
+@pytest.mark.parametrize(("size", "shapes"), FACTORED)
+@pytest.mark.parametrize("rows", [0, 1, 3])
+def test_products_summed_in_slices_have_the_values_and_gradients_of_kron(size, shapes, rows, monkeypatch):
+    monkeypatch.setattr(kronecker, "_SLICE_BYTES", 2 * 8 * size[1])  # two rows a slice
+    monkeypatch.setattr(kronecker, "weight_is_cheaper", lambda *_: False)
+    for x, a, b, gate in [make(size, shapes, rows), make(size, shapes, 5 * rows)]:
+        y, grads = gradients(kron_mix, x, a, b, gate)
+        expected, expected_grads = gradients(naive_kron_mix, x, a, b, gate)
+        for got, want in zip((y, *grads), (expected, *expected_grads), strict=True):
+            torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 3e-2), (torch.float16, 4e-3)])
+def test_slices_of_lower_precision_stay_near_the_float64_result(dtype, tolerance, monkeypatch):
+    monkeypatch.setattr(kronecker, "_SLICE_BYTES", 2**13)
+    monkeypatch.setattr(kronecker, "weight_is_cheaper", lambda *_: False)
+    leaves = make((66, 130), [(6, 10), (33, 65), (6, 10), (2, 5)], 70, dtype)
+    exact = [
+        [f.detach().double().requires_grad_() for f in part] if isinstance(part, list) else part.detach().double()
+        for part in leaves
+    ]
+    exact[0].requires_grad_(), exact[3].requires_grad_()
+    y, grads = gradients(kron_mix, *leaves)
+    expected, expected_grads = gradients(naive_kron_mix, *exact)
+    for got, want in zip((y, *grads), (expected, *expected_grads), strict=True):
+        assert got.dtype == dtype
+        assert (got.double() - want).norm() <= tolerance * want.norm()
+
+
+def test_the_backward_pass_keeps_x_and_the_factors_alone():
+    x, a, b, gate = make((256, 256), [(16, 16), (16, 16), (8, 32), (32, 8)], 64, torch.float32)
+    kept = {}
+
+    def keep(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        kron_mix(x, a, b, gate)
+    factors = sum(f.numel() for f in a + b)
+    assert sum(kept.values()) <= 4 * (x.numel() + 4 * factors)
+
+
+def test_a_second_derivative_is_refused():
+    x, a, b, gate = make((12, 30), [(3, 5), (2, 15)], FEW)
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        torch.autograd.grad(kron_mix(x, a, b, gate).sum(), x, create_graph=True)
+
+
+def test_only_what_needs_a_gradient_gets_one():
+    x, a, b, gate = make((12, 30), [(3, 5), (2, 15)], FEW)
+    kron_mix(x.detach(), a, b, gate.detach()).sum().backward()
+    assert x.grad is None and gate.grad is None and a[0].grad is not None
+
+
+@pytest.mark.parametrize("rows", [FEW, MANY])
+def test_autocast_computes_in_its_dtype_and_returns_gradients_in_that_of_the_leaves(rows):
+    x, a, b, gate = make((12, 30), [(3, 5), (2, 15)], rows, torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        y, grads = gradients(kron_mix, x, a, b, gate)
+    _, expected = gradients(naive_kron_mix, x, a, b, gate)
+    assert y.dtype == torch.bfloat16
+    for got, want in zip(grads, expected, strict=True):
+        assert got.dtype == torch.float32
+        assert (got - want).norm() <= 4e-2 * want.norm()
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpointing_gives_the_same_gradients(reentrant):
+    x, a, b, gate = make((12, 30), [(3, 5), (2, 15)], 2)
+
+    def checkpointed(*arguments):
+        return torch.utils.checkpoint.checkpoint(kron_mix, *arguments, use_reentrant=reentrant)
+
+    _, expected = gradients(kron_mix, x, a, b, gate)
+    checkpointed(x, a, b, gate).backward((torch.arange(24) % 7 - 2.0).view(2, 12).double())
+    torch.testing.assert_close(x.grad, expected[0])
+    if not reentrant:  # reentrant checkpoints do not look for leaves inside lists
+        torch.testing.assert_close([p.grad for p in (*a, *b, gate)], list(expected[1:]))
+
+
+@pytest.mark.parametrize("rows", [FEW, MANY])
+def test_compile_takes_it_whole_and_gives_the_same_gradients(rows):
+    arguments = make((12, 30), [(3, 5), (2, 15), (3, 5)], rows)
+    compiled = torch.compile(kron_mix, backend="aot_eager", fullgraph=True)
+    y, grads = gradients(compiled, *arguments)
+    expected, expected_grads = gradients(kron_mix, *arguments)
+    torch.testing.assert_close((y, *grads), (expected, *expected_grads))

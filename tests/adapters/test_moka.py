@@ -202,7 +202,10 @@ def test_dropout_acts_on_the_adapter_in_training_only(tiny, tokens, shake):
         ({"gate": "sigmoid"}, "gate must be 'softmax' or 'none', got 'sigmoid'"),
         ({"dropout": 1.0}, r"dropout must be in \[0, 1\)"),
         ({"dropout": "no"}, r"dropout must be in \[0, 1\)"),
-        ({"bias": "all"}, "bias must be 'none'"),
+        ({"bias": "lora_only"}, "bias must be 'none', 'all' or 'moka_only'"),
+        ({"identity": "C"}, "identity must be None, 'A' or 'B'"),
+        ({"init_weights": "svd"}, "init_weights must be True, False or 'nearest'"),
+        ({"init_weights": "nearest", "identity": "A"}, "use one of the two"),
         ({"shapes": "square"}, "shapes must be 'balanced'"),
         ({"shapes": []}, "shapes must be 'balanced'"),
         ({"shapes": [8, 8]}, "shapes must be 'balanced'"),
@@ -221,14 +224,6 @@ def test_wrong_configurations_are_refused_by_name(options, words):
 def test_a_target_that_is_not_linear_is_named_in_the_error(tiny):
     with pytest.raises(AdapterError, match="'model.embed_tokens' is of type Embedding"):
         get_peft_model(tiny, MokaConfig(target_modules=["embed_tokens"]))
-
-
-def test_adapter_names_are_refused_and_not_ignored(tiny, tokens):
-    model = get_peft_model(tiny, MokaConfig())
-    with pytest.raises(AdapterError, match="set_adapter"):
-        model(tokens, adapter_names=["default"] * len(tokens))
-    with pytest.raises(AdapterError, match="set_adapter"):
-        model.generate(tokens, adapter_names=["default"] * len(tokens), max_new_tokens=1)
 
 
 def test_two_adapters_switch_add_up_and_are_deleted(tiny, tokens, shake):

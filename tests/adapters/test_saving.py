@@ -5,16 +5,19 @@ import json
 import pickle
 import subprocess
 import sys
+import warnings
 
+import peft
 import pytest
 import torch
 from peft import AutoPeftModelForCausalLM, PeftConfig, PeftModel, get_peft_model
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
+from peft.utils.hotswap import hotswap_adapter
 from peft.utils.peft_types import PeftType
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from krontune.adapters import MokaConfig, MokaModel, layer, register
+from krontune.adapters import MokaConfig, MokaModel, layer, register, registration
 
 
 def logits(model, tokens):
@@ -172,3 +175,85 @@ def test_only_the_adapter_and_the_modules_to_save_are_written(tiny, tmp_path):
     assert "base_model.model.lm_head.weight" in names
     assert all(".q_proj.moka_" in name for name in names - {"base_model.model.lm_head.weight"})
     assert "base_model.model.model.layers.1.self_attn.q_proj.moka_gate.logits" in names
+
+
+@pytest.mark.parametrize(("version", "warned"), [("0.21.2", False), ("0.20.1", True), ("0.22.0", True), ("1.0", True)])
+def test_a_peft_outside_the_tested_range_is_named_with_the_range(monkeypatch, version, warned):
+    monkeypatch.delitem(PEFT_TYPE_TO_CONFIG_MAPPING, PeftType.MOKA)
+    monkeypatch.setattr(registration, "register_peft_method", lambda **_: None)
+    monkeypatch.setattr(peft, "__version__", version)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        register()
+    words = f"peft >= 0.21, < 0.22, and peft {version} is installed"
+    assert [words in str(warning.message) for warning in caught] == [True] * warned
+
+
+def test_a_spawned_worker_gets_the_config_and_the_whole_model(tiny, shake, tokens, tmp_path):
+    """The first thing that the worker does is to read a pickle, which must bring the registration along."""
+    model = shake(get_peft_model(tiny, MokaConfig(r=3, target_modules=["q_proj"])))
+    (tmp_path / "model.pickle").write_bytes(pickle.dumps((model, tokens, logits(model, tokens))))
+    code = """
+import pickle, sys, torch
+torch.set_num_threads(1)
+model, tokens, expected = pickle.load(open(sys.argv[1], "rb"))
+from peft import get_peft_config
+with torch.no_grad():
+    torch.testing.assert_close(model(tokens).logits, expected)
+print(model.peft_config["default"].peft_type.name, get_peft_config({"peft_type": "MOKA", "r": 7}).r)
+"""
+    status, out, err = in_a_fresh_process(code, tmp_path / "model.pickle")
+    assert (status, out) == (0, "MOKA 7"), err
+
+
+def test_importing_anew_registers_the_new_classes_under_the_same_member():
+    code = """
+import sys, krontune.adapters as first
+from peft.utils.peft_types import PeftType
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
+member = PeftType.MOKA
+for name in [name for name in sys.modules if name.startswith("krontune")]:
+    del sys.modules[name]
+import krontune.adapters as second
+assert PeftType.MOKA is member and [m.name for m in PeftType].count("MOKA") == 1
+assert PEFT_TYPE_TO_CONFIG_MAPPING[member] is second.MokaConfig is not first.MokaConfig
+assert PEFT_TYPE_TO_TUNER_MAPPING[member] is second.MokaModel
+"""
+    status, _, err = in_a_fresh_process(code)
+    assert status == 0, err
+
+
+def test_modules_to_save_come_back_with_the_adapter(tiny_llama, tokens, shake, tmp_path):
+    model = shake(get_peft_model(tiny_llama(), MokaConfig(target_modules=["q_proj"], modules_to_save=["lm_head"])))
+    torch.nn.init.normal_(model.base_model.model.lm_head.modules_to_save["default"].weight)
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(tiny_llama(), tmp_path)
+    assert torch.equal(logits(again, tokens), logits(model, tokens))
+
+
+def test_transformers_own_add_adapter_trains_and_saves(tiny_llama, tokens, shake, tmp_path):
+    model = tiny_llama()
+    base = logits(model, tokens)
+    model.add_adapter(MokaConfig(r=3, target_modules=["q_proj"]), adapter_name="mine")
+    assert torch.equal(logits(model, tokens), base)
+    shake(model, "mine")
+    expected = logits(model, tokens)
+    model.train()(input_ids=tokens, labels=tokens).loss.backward()
+    assert all(p.grad is not None for name, p in model.named_parameters() if ".moka_" in name)
+    model.save_pretrained(tmp_path)
+    again = tiny_llama()
+    again.load_adapter(tmp_path, adapter_name="again")
+    assert torch.equal(logits(again, tokens), expected)
+
+
+def test_peft_refuses_a_hot_swap_by_name_and_loading_over_an_adapter_swaps_it(saved, tiny_folder, tokens, shake):
+    folder, expected = saved
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_folder), folder)
+    shake(model, seed=9)
+    assert not torch.allclose(logits(model, tokens), expected)
+    with pytest.raises(ValueError, match="MOKA was passed"):
+        hotswap_adapter(model, folder, "default")
+    held = [p for name, p in model.named_parameters() if ".moka_" in name]
+    model.load_adapter(folder, adapter_name="default")
+    assert torch.equal(logits(model, tokens), expected)
+    assert all(p is q for p, q in zip(held, (p for n, p in model.named_parameters() if ".moka_" in n), strict=True))

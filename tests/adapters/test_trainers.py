@@ -53,6 +53,11 @@ def reward_of_letters(completions, **_):
     return [sum(character in "aeiou" for character in text) for text in completions]
 
 
+def reward_of_place(completions, **_):
+    """Never equal within a group, so that every step has a gradient."""
+    return [float(place) for place in range(len(completions))]
+
+
 def sft_trainer(folder, out, **options):
     model, tokenizer = load_base(folder, "nf4", device="cpu")
     rows = Dataset.from_dict({"text": ["the quick brown fox", "jumps over the lazy dog"] * 4})
@@ -61,7 +66,7 @@ def sft_trainer(folder, out, **options):
     return SFTTrainer(model=model, args=args, train_dataset=rows, processing_class=tokenizer, peft_config=config)
 
 
-def grpo_trainer(folder, out, model=None, **options):
+def grpo_trainer(folder, out, model=None, reward=reward_of_letters, **options):
     base, tokenizer = load_base(folder, "nf4", device="cpu")
     rows = Dataset.from_dict({"prompt": ["say a", "say b", "say c", "say d"]})
     args = GRPOConfig(
@@ -76,7 +81,7 @@ def grpo_trainer(folder, out, model=None, **options):
         args=args,
         train_dataset=rows,
         processing_class=tokenizer,
-        reward_funcs=reward_of_letters,
+        reward_funcs=reward,
         peft_config=None if model else MokaConfig(target_modules="all-linear", r=4, init_weights=False),
     )
 
@@ -120,12 +125,64 @@ def test_the_reference_adapter_of_grpo_is_a_copy_that_stays(tiny_folder, tmp_pat
     model = get_peft_model(base, MokaConfig(target_modules="all-linear", r=4, init_weights=False))
     for gate in gates(model).values():
         torch.nn.init.normal_(gate.data)
+    for parameter in (gates(model) | factors(model)).values():
+        parameter.data = parameter.data.bfloat16().float()  # TRL rounds the policy to bfloat16, and not its reference
     start = snapshot(gates(model) | factors(model))
-    trainer = grpo_trainer(tiny_folder, tmp_path, model, beta=0.1, max_steps=2)
+    trainer = grpo_trainer(tiny_folder, tmp_path, model, reward_of_place, beta=0.1, max_steps=2)
     trainer.train()
     reference = {n: p for n, p in trainer.model.named_parameters() if ".moka_" in n and ".ref." in n}
     assert len(reference) == len(start)
     for name, parameter in reference.items():
         assert torch.equal(parameter.float(), start[name.replace(".ref.", ".default.")])
     divergence = [entry["kl"] for entry in trainer.state.log_history if "kl" in entry]
-    assert divergence[0] < 1e-3 < divergence[1]
+    assert divergence[0] == 0.0 and divergence[1] > 1e-3
+
+
+def names_for_inference(model):
+    """(name, weight) as TRL's `VLLMGeneration.sync_weights` hands them over between merging and unmerging."""
+    for name, parameter in model.named_parameters():
+        name = name.removeprefix("base_model.model.").replace(".base_layer", "")
+        if model.prefix not in name and "original_module" not in name:
+            yield name.replace("modules_to_save.default.", ""), parameter.data
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_weight_sync_hands_over_the_merged_model_and_leaves_the_training_as_it_was(
+    tiny_llama, tokens, shake, dtype
+):
+    model = get_peft_model(
+        tiny_llama().to(dtype), MokaConfig(target_modules=["q_proj", "up_proj"], modules_to_save=["norm"])
+    )
+    shake(model, scale=0.1)
+    with torch.no_grad():
+        expected = model(tokens).logits
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    for _ in range(3):
+        model.merge_adapter()
+        served = {name: value.clone() for name, value in names_for_inference(model)}
+        model.unmerge_adapter()
+    plain = tiny_llama().to(dtype)
+    plain.load_state_dict(served)
+    with torch.no_grad():
+        tolerance = 1e-4 if dtype == torch.float32 else 0.1
+        torch.testing.assert_close(plain(tokens).logits, expected, rtol=tolerance, atol=tolerance)
+    after = model.state_dict()
+    assert after.keys() == before.keys() and all(torch.equal(after[name], before[name]) for name in before)
+
+
+def test_dpo_measures_against_the_base_and_trains_the_adapter(tiny_folder, tmp_path):
+    from trl import DPOConfig, DPOTrainer
+
+    base, tokenizer = load_base(tiny_folder, "nf4", device="cpu")
+    rows = Dataset.from_dict({"prompt": ["say a"] * 4, "chosen": [" aaa"] * 4, "rejected": [" bbb"] * 4})
+    options = {"per_device_train_batch_size": 4, "max_steps": 2} | COMMON
+    trainer = DPOTrainer(
+        model=base,
+        args=DPOConfig(output_dir=str(tmp_path), **options),
+        train_dataset=rows,
+        processing_class=tokenizer,
+        peft_config=MokaConfig(target_modules="all-linear", r=4, init_weights=False),
+    )
+    before = snapshot(gates(trainer.model)), snapshot(factors(trainer.model))
+    trainer.train()
+    assert_trained(trainer.model, *before)
