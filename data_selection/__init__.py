@@ -1,7 +1,7 @@
 """Which data to train on.
 
 `Dsir` weighs every text of a pool by how much likelier it is under a target than under the pool, and picks;
-a `Selection` is what was picked, why, and the random control of equal size.
+a `Selection` is what was picked, why, and the random control of equal size. `Chunks` cuts texts in equal parts.
 
 Names are imported when first used, so that importing the package costs nothing.
 """
@@ -10,13 +10,14 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .chunks import Chunks
     from .dsir import Dsir
     from .selection import Selection
     from .texts import DataSelectionError
 
-__all__ = ["DataSelectionError", "Dsir", "Selection"]
+__all__ = ["Chunks", "DataSelectionError", "Dsir", "Selection"]
 
-_HOME = {"DataSelectionError": ".texts", "Dsir": ".dsir", "Selection": ".selection"}
+_HOME = {"Chunks": ".chunks", "DataSelectionError": ".texts", "Dsir": ".dsir", "Selection": ".selection"}
 
 
 def __getattr__(name: str) -> Any:

@@ -3,7 +3,7 @@
 Counts are n-grams a hash bucket, (buckets,); p is the target's distribution over buckets, q is raw's.
 """
 
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,23 +16,38 @@ Counts: TypeAlias = NDArray[np.int64]
 PRIOR_NGRAMS = 10
 
 
-def log_ratios(target_counts: Counts, raw_counts: Counts, smoothing: float) -> Floats:
-    """(buckets,) log(p'_b / q_b), p' = (1 - smoothing) p + smoothing q; 0 where neither side was seen."""
-    p, q = distribution(target_counts), raw_distribution(target_counts, raw_counts)
+def log_ratios(target_counts: Counts, raw_counts: Counts, smoothing: float, kind: str = "interpolate") -> Floats:
+    """(buckets,) log(p'_b / q_b).
+
+    - "interpolate": p' = (1 - smoothing) p + smoothing q;
+    - "laplace": p' = (counts + smoothing) / (n-grams + smoothing * buckets);
+    - "eps": log(p_b + smoothing) - log(q_b + smoothing), the official package's with 1e-8.
+
+    With the first two a bucket that neither side has seen weighs 0, and q has half an n-gram in a bucket that the
+    target alone has seen.
+    """
+    p = distribution(target_counts)
+    if kind == "eps":
+        return np.log(p + smoothing) - np.log(distribution(raw_counts) + smoothing)
+    q = raw_distribution(target_counts, raw_counts)
     seen = q > 0
     ratios = np.ones(len(q))
-    ratios[seen] = (1 - smoothing) * p[seen] / q[seen] + smoothing
+    if kind == "interpolate":
+        ratios[seen] = (1 - smoothing) * p[seen] / q[seen] + smoothing
+    else:
+        ratios[seen] = distribution(target_counts + smoothing)[seen] / q[seen]
     return np.log(ratios)
 
 
 def normalised(sums: Floats, counts: Counts, normalize: str) -> Floats:
-    """(N,) sums of log ratios over texts of `counts` n-grams, divided by the count ("mean"), by its square
-    root ("sqrt") or by 1 ("sum"); -inf for a text without n-grams."""
+    """(N, targets) sums of log ratios over texts of `counts` n-grams, (N,), divided by the count ("mean"), by its
+    square root ("sqrt") or by 1 ("sum"); -inf for a text without n-grams."""
     power = {"mean": 1.0, "sqrt": 0.5, "sum": 0.0}[normalize]
-    return np.where(counts > 0, sums / np.maximum(counts, 1) ** power, -np.inf)
+    divisors = np.maximum(counts, 1) ** power
+    return np.where((counts > 0)[:, None], sums / divisors[:, None], -np.inf)
 
 
-def distribution(counts: Counts | Floats) -> Floats:
+def distribution(counts: NDArray[Any]) -> Floats:
     """(buckets,) counts divided by their sum."""
     return counts / counts.sum()
 

@@ -1,4 +1,4 @@
-"""Texts to hashed n-grams, in numpy, many documents at a time.
+"""Texts to hashed n-grams, in numpy, many documents at a time; `ngrams_numba` does the same faster.
 
 A token is a run of word bytes or a run of punctuation bytes of the lower-cased UTF-8 text; a document's
 n-grams are its tokens, its pairs of neighbouring tokens, and so on up to n; each n-gram falls into one of
@@ -8,14 +8,16 @@ The hash is fixed (it depends on no seed, platform or Python build), so counts c
 not the sha256 of the original DSIR package: other n-grams collide, selections are as precise.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-# Documents are hashed together up to this many characters: the working arrays then stay in a core's cache.
-BATCH_CHARS = 1 << 17
+from .packing import ASCII_LOWER, Packed, pack
+
+# Documents are hashed together up to this many bytes: the working arrays then stay in a core's cache.
+BATCH_BYTES = 1 << 17
 # Of a longer token the first 64 bytes and the length count: a megabyte of base64 must not take a pass a word.
 MAX_TOKEN_BYTES = 64
 
@@ -24,11 +26,57 @@ _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
 class HashedNgrams(NamedTuple):
-    """The n-grams of N documents, M in all; of each document first the single tokens, then the pairs, ..."""
+    """The n-grams of N documents, M in all: first the single tokens of all documents, then their pairs, ..."""
 
     buckets: NDArray[np.int64]  # (M,) in [0, buckets)
     documents: NDArray[np.int64]  # (M,) in [0, N)
     counts: NDArray[np.int64]  # (N,) how many n-grams each document has
+    orders: NDArray[np.int64]  # (ngrams + 1,) where the n-grams of each length begin, and M
+
+
+class Scores(NamedTuple):
+    """What a kernel finds out about N documents."""
+
+    sums: NDArray[np.float64]  # (N, targets) sums of the table's rows over the n-grams
+    tokens: NDArray[np.int64]  # (N,)
+    prints: NDArray[np.uint64]  # (N,) equal where the tokens are; 0 for a document without tokens
+
+
+class Tokens(NamedTuple):
+    """The tokens of N documents."""
+
+    hashes: NDArray[np.uint64]  # (tokens,)
+    documents: NDArray[np.int64]  # (tokens,) in [0, N)
+    counts: NDArray[np.int64]  # (N,)
+
+
+def count(packed: Packed, ngrams: int, buckets: int, totals: NDArray[np.int64]) -> None:
+    """Add to `totals`, (buckets,), how often each bucket occurs."""
+    for part in _batches(packed):
+        totals += np.bincount(hash_packed(part, ngrams, buckets).buckets, minlength=buckets)
+
+
+def score(packed: Packed, ngrams: int, buckets: int, table: NDArray[np.float64]) -> Scores:
+    """Sum the rows of `table`, (buckets, targets), over the n-grams of each document.
+
+    A document's sums do not depend on the documents around it, to the last bit. Between the kernels they differ by
+    rounding alone: numpy adds in pairs, numba in the order of the text.
+    """
+    sums = np.zeros((len(packed), table.shape[1]))
+    token_counts = np.zeros(len(packed), np.int64)
+    prints = np.zeros(len(packed), np.uint64)
+    first = 0
+    for part in _batches(packed):
+        rows = slice(first, first + len(part))
+        first += len(part)
+        tokens = hash_tokens(part)
+        hashed = _ngrams(tokens, ngrams, buckets)
+        for order in range(ngrams):
+            found = hashed.buckets[hashed.orders[order] : hashed.orders[order + 1]]
+            sums[rows] += _sum_runs(table.take(found, axis=0), np.maximum(tokens.counts - order, 0))
+        token_counts[rows] = tokens.counts
+        prints[rows] = _prints(tokens)
+    return Scores(sums, token_counts, prints)
 
 
 def hash_ngrams(texts: Sequence[str], ngrams: int, buckets: int) -> HashedNgrams:
@@ -44,37 +92,47 @@ def hash_ngrams(texts: Sequence[str], ngrams: int, buckets: int) -> HashedNgrams
         ngrams: the longest n-gram, >= 1.
         buckets: number of buckets, 1 to 2**32.
     """
-    lowered = [text.lower().encode("utf-8", "surrogatepass") for text in texts]
-    # Spaces on all sides: no token crosses an edge, and eight bytes can be read at every token.
-    data = b"\n" + b"\n".join(lowered) + b"\n" * 8
-    ends = np.cumsum([1 + len(document) for document in lowered], dtype=np.int64)  # (N,)
-    hashes, starts = hash_tokens(data)
-    token_counts = np.diff(np.searchsorted(starts, ends, side="right"), prepend=0)  # (N,)
-    token_documents = np.repeat(np.arange(len(texts)), token_counts)  # (tokens,)
+    return hash_packed(pack(texts), ngrams, buckets)
 
-    grams, all_hashes, all_documents = hashes, [hashes], [token_documents]
+
+def hash_packed(packed: Packed, ngrams: int, buckets: int) -> HashedNgrams:
+    """`hash_ngrams` of packed texts."""
+    return _ngrams(hash_tokens(packed), ngrams, buckets)
+
+
+def _ngrams(tokens: Tokens, ngrams: int, buckets: int) -> HashedNgrams:
+    hashes, documents, token_counts = tokens
+    grams, all_hashes, all_documents = hashes, [hashes], [documents]
     for order in range(2, ngrams + 1):
         grams = mix64(grams[:-1] * _GOLDEN + hashes[order - 1 :])
-        inside = token_documents[: -(order - 1)] == token_documents[order - 1 :]
+        inside = documents[: -(order - 1)] == documents[order - 1 :]
         all_hashes.append(grams[inside])
-        all_documents.append(token_documents[order - 1 :][inside])
-    documents = np.concatenate(all_documents)
-    counts = np.bincount(documents, minlength=len(texts))
-    return HashedNgrams(to_buckets(np.concatenate(all_hashes), buckets), documents, counts)
+        all_documents.append(documents[order - 1 :][inside])
+    orders = np.cumsum([0, *map(len, all_hashes)])
+    counts = ngram_counts(token_counts, ngrams)
+    return HashedNgrams(to_buckets(np.concatenate(all_hashes), buckets), np.concatenate(all_documents), counts, orders)
 
 
-def hash_tokens(data: bytes) -> tuple[NDArray[np.uint64], NDArray[np.int64]]:
-    """The 64-bit hash and the first byte's position of every token of `data`, which must begin with a space
-    byte and end in eight of them. Tokens are read eight bytes at a time, as little-endian numbers.
-    """
-    codes = np.frombuffer(data, np.uint8)
-    classes = _BYTE_CLASSES[codes]  # (bytes,)
-    edges = np.flatnonzero(classes[1:] != classes[:-1]) + 1
+def ngram_counts(tokens: NDArray[np.int64], ngrams: int) -> NDArray[np.int64]:
+    """(N,) how many n-grams of 1 to `ngrams` tokens a document of so many tokens has."""
+    return np.sum([np.maximum(tokens - order, 0) for order in range(ngrams)], axis=0)
+
+
+def hash_tokens(packed: Packed) -> Tokens:
+    """The 64-bit hash and the document of every token. Tokens are read eight bytes at a time, as little-endian
+    numbers."""
+    size = int(packed.offsets[-1])
+    codes = np.full(size + 9, ord("\n"), np.uint8)  # a space before and behind: no token crosses an edge
+    codes[1 : size + 1] = ASCII_LOWER[packed.data[:size]]
+    classes = BYTE_CLASSES[codes]  # (bytes,)
+    changes = classes[1:] != classes[:-1]
+    changes[packed.offsets] = True  # nor from one document into the next
+    edges = np.flatnonzero(changes) + 1
     token_edges = np.flatnonzero(classes[edges[:-1]] != SPACE)  # the last edge opens the closing spaces
     starts = edges[token_edges]
     lengths = edges[token_edges + 1] - starts
 
-    words = np.ndarray((len(data) - 7,), "<u8", data, strides=(1,))  # the eight bytes from each position on
+    words = np.ndarray((len(codes) - 7,), "<u8", codes.data, strides=(1,))  # the eight bytes from each position on
     first = words[starts] & _FIRST_BYTES[np.minimum(lengths, 8)]
     hashes = mix64(first + lengths.astype(np.uint64) * _GOLDEN)
     for at in range(8, MAX_TOKEN_BYTES, 8):
@@ -83,29 +141,34 @@ def hash_tokens(data: bytes) -> tuple[NDArray[np.uint64], NDArray[np.int64]]:
             break
         rest = words[starts[longer] + at] & _FIRST_BYTES[np.minimum(lengths[longer] - at, 8)]
         hashes[longer] = mix64(hashes[longer] * _GOLDEN + rest)
-    return hashes, starts
+    counts = np.diff(np.searchsorted(starts, packed.offsets[1:] + 1), prepend=0)  # (N,)
+    return Tokens(hashes, np.repeat(np.arange(len(packed)), counts), counts)
 
 
-def iter_hashed(texts: Iterable[str], ngrams: int, buckets: int) -> Iterator[HashedNgrams]:
-    """`hash_ngrams` over a stream of texts, in batches of one text or more, about BATCH_CHARS characters."""
-    batch, chars = [], 0
-    for text in texts:
-        batch.append(text)
-        chars += len(text)
-        if chars >= BATCH_CHARS:
-            yield hash_ngrams(batch, ngrams, buckets)
-            batch, chars = [], 0
-    if batch:
-        yield hash_ngrams(batch, ngrams, buckets)
+def _prints(tokens: Tokens) -> NDArray[np.uint64]:
+    """(N,) the sum over a document's tokens j = 0, 1, ... of (2 j + 1) hash_j, modulo 2**64."""
+    firsts = np.cumsum(tokens.counts) - tokens.counts
+    places = np.arange(len(tokens.hashes)) - np.repeat(firsts, tokens.counts)  # (tokens,) within the document
+    return _sum_runs(tokens.hashes * (2 * places + 1).astype(np.uint64), tokens.counts)
 
 
-def count_ngrams(texts: Iterable[str], ngrams: int, buckets: int) -> tuple[NDArray[np.int64], int]:
-    """How often each bucket occurs in all texts together, (buckets,), and how many texts there were."""
-    totals, documents = np.zeros(buckets, np.int64), 0
-    for hashed in iter_hashed(texts, ngrams, buckets):
-        totals += np.bincount(hashed.buckets, minlength=buckets)
-        documents += len(hashed.counts)
-    return totals, documents
+def _sum_runs(values: NDArray[Any], lengths: NDArray[np.int64]) -> NDArray[Any]:
+    """(N, ...) sums over runs of so many rows of `values`, which follow each other; a run may have none."""
+    sums = np.zeros((len(lengths), *values.shape[1:]), values.dtype)
+    full = np.flatnonzero(lengths)
+    if len(full):
+        sums[full] = np.add.reduceat(values, (np.cumsum(lengths) - lengths)[full], axis=0)
+    return sums
+
+
+def _batches(packed: Packed) -> Iterator[Packed]:
+    """The texts in batches of one or more, about BATCH_BYTES bytes."""
+    first, offsets = 0, packed.offsets
+    while first < len(packed):
+        last = max(first + 1, int(np.searchsorted(offsets, offsets[first] + BATCH_BYTES)))
+        last = min(last, len(packed))
+        yield Packed(packed.data[offsets[first] :], offsets[first : last + 1] - offsets[first])
+        first = last
 
 
 def mix64(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
@@ -131,5 +194,5 @@ def _byte_classes() -> NDArray[np.uint8]:
     return classes
 
 
-_BYTE_CLASSES = _byte_classes()
+BYTE_CLASSES = _byte_classes()
 _FIRST_BYTES = np.array([(1 << 8 * kept) - 1 for kept in range(9)], np.uint64)  # masks that keep 0 to 8 bytes

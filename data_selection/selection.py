@@ -4,7 +4,7 @@ import json
 import operator
 import os
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from .files import read_checked, read_header, write_atomic
 from .ngrams import mix64
-from .texts import DataSelectionError, TextSource
+from .texts import DataSelectionError, TextSource, checked_source, is_dataset_dict
 
 FORMAT = "krontune.selection"
 HEADER, PICKS = "selection.json", "picks.jsonl"
@@ -32,6 +33,7 @@ class Selection:
         seed: the seed of the pick; `control` is drawn from it too.
         method: how the rows were picked ("gumbel", "topk", "random", ...).
         pool: the texts that were picked from, where they can be read again. It is not saved.
+        details: plain values on the pick as a whole, such as how many rows were left out and why.
 
     Raises:
         DataSelectionError: the indices are not increasing row numbers of the pool, or reasons not as many.
@@ -43,6 +45,7 @@ class Selection:
     seed: int
     method: str
     pool: TextSource | None = field(default=None, repr=False)
+    details: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         checked_int(self.pool_size, "pool_size", 0, 2**62, "it is the number of rows that were picked from")
@@ -71,8 +74,8 @@ class Selection:
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Selection):
             return NotImplemented
-        mine = (self.pool_size, self.seed, self.method, list(self.reasons))
-        theirs = (other.pool_size, other.seed, other.method, list(other.reasons))
+        mine = (self.pool_size, self.seed, self.method, list(self.reasons), dict(self.details))
+        theirs = (other.pool_size, other.seed, other.method, list(other.reasons), dict(other.details))
         return mine == theirs and np.array_equal(self.indices, other.indices)
 
     @cached_property
@@ -85,15 +88,16 @@ class Selection:
         return Selection(indices, reasons, self.pool_size, self.seed, "random", self.pool)
 
     def apply(self, dataset: Any) -> Any:
-        """The picked rows of `dataset`: of a `datasets.Dataset` a Dataset, of a list or tuple a list.
+        """The picked rows of `dataset`: of a `datasets.Dataset` a Dataset, of a list or tuple a list; of a
+        `DatasetDict` those of the split that `texts.read_texts` reads.
 
         Raises:
             DataSelectionError: the dataset is of another kind, or has not `pool_size` rows.
         """
-        is_list = isinstance(dataset, (list, tuple))
-        if not is_list:
+        if not isinstance(dataset, (list, tuple)):
             from datasets import Dataset
 
+            dataset = checked_source(dataset, "dataset") if is_dataset_dict(dataset) else dataset
             if not isinstance(dataset, Dataset):
                 raise DataSelectionError(
                     f"a selection applies to a datasets.Dataset or a list, not to {type(dataset).__name__}; "
@@ -104,7 +108,36 @@ class Selection:
                 f"the dataset has {len(dataset)} rows, the pool had {self.pool_size}; apply it to "
                 "the pool that was scored, whole and in the same order"
             )
-        return [dataset[i] for i in self.indices.tolist()] if is_list else dataset.select(self.indices)
+        if isinstance(dataset, (list, tuple)):
+            return [dataset[i] for i in self.indices.tolist()]
+        return dataset.select(self.indices)
+
+    def rows(self, pool: TextSource | None = None) -> Iterator[dict[str, Any]]:
+        """The picked rows with all their columns, read from `pool`, or from the pool that the selection holds; a string
+        is a row with `text`.
+
+        Raises:
+            DataSelectionError: there is no pool, it cannot be read, or it has another size by now.
+        """
+        from .outputs import picked_rows
+
+        return picked_rows(self, pool)
+
+    def write(self, path: str | os.PathLike[str], pool: TextSource | None = None) -> None:
+        """Write the picked rows as `.jsonl` or `.parquet`, whole or not at all.
+
+        Raises:
+            DataSelectionError: as of `rows`, or the path ends otherwise.
+        """
+        from .outputs import write_picked
+
+        write_picked(self, Path(path), pool)
+
+    def push_to_hub(self, repo_id: str, pool: TextSource | None = None, **options: Any) -> str:
+        """Put the picked rows on the Hugging Face Hub; see `outputs.push`. Returns the address."""
+        from .outputs import push
+
+        return push(self, repo_id, pool, **options)
 
     def summary(self) -> dict[str, Any]:
         """Counts and, of every reason that is a float (DSIR: log_weight), mean, min and max.
@@ -117,6 +150,7 @@ class Selection:
             "n": len(self),
             "pool": self.pool_size,
             "share": len(self) / self.pool_size if self.pool_size else 0.0,
+            **self.details,
         }
         for name in dict.fromkeys(key for reason in self.reasons for key in reason):
             values = [reason[name] for reason in self.reasons if isinstance(reason.get(name), float)]
@@ -155,6 +189,7 @@ class Selection:
             "seed": self.seed,
             "pool_size": self.pool_size,
             "picks": len(self),
+            "details": dict(self.details),
             "picks_crc32": zlib.crc32(picks),
         }
         write_atomic(folder / PICKS, picks)
@@ -171,7 +206,8 @@ class Selection:
         picks = read_checked(Path(folder) / PICKS, header["picks_crc32"])
         rows = [json.loads(line) for line in picks.splitlines()]
         indices = np.array([row.pop("index") for row in rows], np.int64)
-        return cls(indices, rows, header["pool_size"], header["seed"], header["method"])
+        details = header.get("details", {})
+        return cls(indices, rows, header["pool_size"], header["seed"], header["method"], details=details)
 
 
 def top_k(scores: NDArray[np.float64], k: int) -> NDArray[np.int64]:
@@ -179,21 +215,24 @@ def top_k(scores: NDArray[np.float64], k: int) -> NDArray[np.int64]:
     return np.sort(np.argsort(-scores, kind="stable")[:k])
 
 
-def uniform_noise(seed: int, rows: int, stream: int = 0) -> NDArray[np.float64]:
-    """(rows,) numbers in (0, 1): row i's depends on seed, stream and i alone, whatever is drawn beside it.
+def uniform_noise(seed: int, rows: int, stream: int = 0, first: int = 0) -> NDArray[np.float64]:
+    """(rows,) numbers in (0, 1) for the rows from `first` on: row i's depends on seed, stream and i alone, whatever is
+    drawn beside it.
 
     splitmix64 started at a hash of (seed, stream) and read at position i.
     """
     # An array of one, since numpy warns when a scalar wraps.
     start = mix64(mix64(np.array([seed], np.uint64)) + np.uint64(stream))
-    states = start + (np.arange(rows, dtype=np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
+    places = np.arange(rows, dtype=np.uint64) + np.uint64(first + 1)
     # 52 bits: with 53, the half that keeps 0 out would round the highest number to 1.
-    return ((mix64(states) >> np.uint64(12)).astype(np.float64) + 0.5) * 2.0**-52
+    return (
+        (mix64(start + places * np.uint64(0x9E3779B97F4A7C15)) >> np.uint64(12)).astype(np.float64) + 0.5
+    ) * 2.0**-52
 
 
-def gumbel_noise(seed: int, rows: int) -> NDArray[np.float64]:
-    """(rows,) draws of the standard Gumbel distribution, row i's depending on seed and i alone."""
-    return -np.log(-np.log(uniform_noise(seed, rows)))
+def gumbel_noise(seed: int, rows: int, stream: int = 0, first: int = 0) -> NDArray[np.float64]:
+    """(rows,) draws of the standard Gumbel distribution; arguments as of `uniform_noise`."""
+    return -np.log(-np.log(uniform_noise(seed, rows, stream, first)))
 
 
 def checked_int(value: Any, name: str, low: int, high: int, advice: str) -> int:
@@ -209,47 +248,3 @@ def checked_int(value: Any, name: str, low: int, high: int, advice: str) -> int:
     if number is None or isinstance(value, bool) or not low <= number <= high:
         raise DataSelectionError(f"{name}={value!r}: must be an integer from {low} to {high}; {advice}")
     return number
-
-
-def write_atomic(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all, making its folder where needed: write beside it, then rename."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        beside.write_bytes(content)
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
-
-
-def read_header(path: Path, kind: str) -> dict[str, Any]:
-    """The JSON header of a saved folder.
-
-    Raises:
-        DataSelectionError: it is missing, is no JSON object, or is of another kind or version.
-    """
-    try:
-        header = json.loads(path.read_bytes())
-    except OSError as error:
-        raise DataSelectionError(f"cannot read {path}: {error.strerror}; give a folder that save() wrote") from error
-    except ValueError as error:
-        raise DataSelectionError(f"{path} is not JSON: {error}; save again") from error
-    found = (header.get("format"), header.get("version")) if isinstance(header, dict) else None
-    if found != (kind, 1):
-        raise DataSelectionError(f"{path} holds {found}; this version reads ({kind!r}, 1)")
-    return header
-
-
-def read_checked(path: Path, crc32: int) -> bytes:
-    """The bytes of a saved file.
-
-    Raises:
-        DataSelectionError: it is missing, or its checksum is not the one that its header holds.
-    """
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise DataSelectionError(f"cannot read {path}: {error.strerror}; save the folder again") from error
-    if zlib.crc32(content) != crc32:
-        raise DataSelectionError(f"{path} does not belong to the header beside it (a save was cut short?); save again")
-    return content

@@ -12,7 +12,7 @@ import pytest
 
 from krontune.data_selection import DataSelectionError, Dsir, Selection
 from krontune.data_selection.importance import fold, kl_reduction, log_ratios
-from krontune.data_selection.ngrams import hash_ngrams
+from krontune.data_selection.ngrams import BATCH_BYTES, hash_ngrams
 from krontune.data_selection.selection import gumbel_noise
 
 COMMON = [f"common{i}" for i in range(200)]
@@ -101,7 +101,7 @@ def test_a_text_weighs_the_same_in_any_company():
     raw, _ = mixed_pool(2000)
     dsir = Dsir().fit(target=topic_target(50), raw=raw)
     together = dsir.log_weights(raw)
-    assert len(raw) == len(together) == 2000 and sum(map(len, raw)) > 3 * 2**17  # several batches
+    assert len(raw) == len(together) == 2000 and sum(map(len, raw)) > 3 * BATCH_BYTES
     for i in (0, 1, 700, 1999):
         assert dsir.log_weights([raw[i]])[0] == together[i]
     assert np.array_equal(dsir.log_weights(raw[::-1])[::-1], together)
@@ -141,7 +141,7 @@ def test_fifty_target_texts_find_the_right_ones_in_a_mixed_pool(normalize):
 def test_topk_takes_the_highest_weights_and_ties_go_to_the_earlier():
     raw = ["b", "target text", "b", "target text", "b"]
     dsir = Dsir().fit(target=["target text"], raw=raw)
-    assert dsir.select(raw, k=3, method="topk").indices.tolist() == [0, 1, 3]
+    assert dsir.select(raw, k=3, method="topk", exclude_copies=False).indices.tolist() == [0, 1, 3]
 
 
 @pytest.mark.parametrize("normalize", ["mean", "sum", "sqrt"])
@@ -195,7 +195,7 @@ def test_small_batches_select_the_same(monkeypatch):
     raw, _ = mixed_pool(300)
     dsir = Dsir().fit(target=topic_target(50), raw=raw)
     picked = dsir.select(raw, k=50, temperature=20)
-    monkeypatch.setattr("krontune.data_selection.ngrams.BATCH_CHARS", 500)
+    monkeypatch.setattr("krontune.data_selection.shards.ROWS_PER_READ", 7)
     again = Dsir().fit(target=topic_target(50), raw=raw).select(raw, k=50, temperature=20)
     assert picked == again
 
@@ -330,9 +330,18 @@ def test_a_setting_out_of_range_is_named(settings):
     ("arguments", "message"),
     [
         ({"k": 0}, "k=0: must be an integer from 1 to 20; the pool has 20 texts"),
+        ({"k": 0.0}, "k=0.0"),
+        ({"k": None}, "give one of the two"),
+        ({"k": 5, "tokens": 5}, "give one of the two"),
+        ({"k": None, "tokens": 0}, "tokens=0"),
+        ({"k": 5, "min_tokens": -1}, "min_tokens=-1"),
+        ({"k": 5, "max_tokens": 0}, "max_tokens=0"),
+        ({"k": 5, "num_proc": 0}, "num_proc=0"),
+        ({"k": 5, "proportions": {"other": 1}}, "one for each of target"),
+        ({"k": 5, "source_caps": {"web": 1}}, "no row has the source"),
         ({"k": 21}, "k=21: must be an integer from 1 to 20"),
         ({"k": -3}, "k=-3"),
-        ({"k": 0.5}, "k=0.5"),
+        ({"k": 1.5}, "k=1.5"),
         ({"k": "all"}, "k='all'"),
         ({"k": 5, "method": "best"}, "method='best'"),
         ({"k": 5, "temperature": 0}, "temperature=0"),

@@ -115,6 +115,7 @@ def test_apply_gives_the_rows_of_lists_and_datasets():
     assert isinstance(applied, datasets.Dataset)
     assert applied["text"][:] == ["row 1", "row 4", "row 7"]
     assert applied["n"][:] == [1, 4, 7]
+    assert selection().apply(datasets.DatasetDict(train=dataset, test=dataset)).to_list() == applied.to_list()
 
 
 def test_apply_refuses_another_pool_and_another_kind():

@@ -126,7 +126,7 @@ def test_a_null_text_is_named_by_its_row(tmp_path):
     [
         ("no/such.jsonl", "no file 'no/such.jsonl'"),
         (["no/such.jsonl", "nor/such.txt"], "no file 'no/such.jsonl'"),
-        (Path("data.csv"), r"'data.csv' does not end in one of .jsonl, .parquet, .txt"),
+        (Path("data.csv"), r"'data.csv' does not end in one of .jsonl, .jsonl.gz, .jsonl.zst, .parquet"),
         ("just some text", "pass texts as a list"),
         (b"bytes", "is a bytes"),
         (None, "is a NoneType"),
@@ -143,10 +143,13 @@ def test_what_cannot_be_read_says_so(source, message):
         list(read_texts(source, "pool"))
 
 
-def test_a_dataset_dict_asks_for_a_split():
-    splits = datasets.DatasetDict(train=datasets.Dataset.from_list(ROWS))
-    with pytest.raises(DataSelectionError, match=r"\['train'\]; pass one split"):
-        list(read_texts(splits))
+def test_a_dataset_dict_is_its_only_split_or_train():
+    rows = datasets.Dataset.from_list(ROWS)
+    other = datasets.Dataset.from_dict({"text": ["other"]})
+    assert list(read_texts(datasets.DatasetDict(anything=rows))) == TEXTS
+    assert list(read_texts(datasets.DatasetDict(test=other, train=rows))) == TEXTS
+    with pytest.raises(DataSelectionError, match=r"\['test', 'dev'\]; pass one"):
+        list(read_texts(datasets.DatasetDict(test=other, dev=rows)))
 
 
 def test_a_data_frame_is_not_taken_for_its_column_names():

@@ -1,0 +1,148 @@
+"""What becomes of a selection: rows, files, a dataset on the Hub with a card that says how it was made."""
+
+import json
+from collections.abc import Iterator
+from importlib.metadata import version
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from .files import open_atomic
+from .selection import Selection
+from .texts import DataSelectionError, TextSource, checked_source, file_paths, is_dataset, read_rows, source_name
+
+if TYPE_CHECKING:
+    from .dsir import Dsir
+
+DATA, CARD = "data/train.parquet", "README.md"
+
+
+def picked_rows(picked: Selection, pool: TextSource | None = None) -> Iterator[dict[str, Any]]:
+    """As `Selection.rows`."""
+    pool = picked.pool if pool is None else pool
+    if pool is None:
+        raise DataSelectionError(
+            "this selection does not hold its pool (it was loaded, or made from an iterator); pass it"
+        )
+    chosen = np.zeros(picked.pool_size, bool)
+    chosen[picked.indices] = True
+    rows = 0
+    for rows, row in enumerate(_all_rows(checked_source(pool, "pool")), start=1):
+        if rows <= picked.pool_size and chosen[rows - 1]:
+            yield dict(row) if not isinstance(row, str) else {"text": row}
+    if rows != picked.pool_size:
+        raise DataSelectionError(f"the pool had {picked.pool_size} rows and has {rows}; pass the one that was scored")
+
+
+def _all_rows(pool: Any) -> Iterator[Any]:
+    paths = file_paths(pool)
+    for path in paths:
+        for row, _ in read_rows(path, "pool"):
+            yield row
+    if not paths:
+        yield from pool.with_format(None) if is_dataset(pool) else pool
+
+
+def write_picked(picked: Selection, path: Path, pool: TextSource | None = None) -> None:
+    """As `Selection.write`. Of types that JSON lacks, such as dates, `.jsonl` gets the string; a `.parquet` file is
+    made in memory."""
+    if path.suffix not in (".jsonl", ".parquet"):
+        raise DataSelectionError(f"{str(path)!r} must end in .jsonl or .parquet")
+    with open_atomic(path) as file:
+        if path.suffix == ".jsonl":
+            for row in picked_rows(picked, pool):
+                file.write(json.dumps(row, ensure_ascii=False, default=str).encode("utf-8", "surrogatepass") + b"\n")
+        else:
+            from pyarrow import Table, parquet
+
+            parquet.write_table(Table.from_pylist(list(picked_rows(picked, pool))), file, compression="zstd")
+
+
+def push(
+    picked: Selection,
+    repo_id: str,
+    pool: TextSource | None = None,
+    *,
+    dsir: "Dsir | None" = None,
+    private: bool = True,
+    token: str | None = None,
+    api: Any = None,
+) -> str:
+    """Put the picked rows on the Hub as a dataset: `data/train.parquet`, the selection (`selection/`), and a card that
+    says how they were picked, in one commit.
+
+    Args:
+        picked: the selection.
+        repo_id: "user/name"; made where it is new.
+        pool: where the selection does not hold its pool.
+        dsir: the estimator; the card then names its settings and the KL reduction beside that of the random control.
+        private: of a new dataset.
+        token: of the Hub; default: the one that is logged in.
+        api: a `huggingface_hub.HfApi` to use instead of a new one.
+
+    Returns:
+        The address of the commit.
+
+    Raises:
+        DataSelectionError: the pool cannot be read. Errors of the Hub come through as they are.
+    """
+    if api is None:
+        from huggingface_hub import HfApi
+
+        api = HfApi(token=token)
+    with TemporaryDirectory() as folder:
+        write_picked(picked, Path(folder) / DATA, pool)
+        picked.save(Path(folder) / "selection")
+        (Path(folder) / CARD).write_text(card(picked, pool, dsir), encoding="utf-8")
+        api.create_repo(repo_id, repo_type="dataset", private=private, exist_ok=True)
+        commit = api.upload_folder(
+            repo_id=repo_id, repo_type="dataset", folder_path=folder, commit_message=f"{len(picked)} rows by krontune"
+        )
+    return str(commit.commit_url)
+
+
+def card(picked: Selection, pool: TextSource | None = None, dsir: "Dsir | None" = None) -> str:
+    """The dataset card: where the rows are from, how they were picked, and what a random pick would have reached."""
+    pool = picked.pool if pool is None else pool
+    facts: dict[str, Any] = {
+        "pool": "not recorded" if pool is None else source_name(pool, "texts in memory"),
+        "rows of the pool": f"{picked.pool_size:,}",
+        "rows picked": f"{len(picked):,}",
+        "method": picked.method,
+        "seed": picked.seed,
+        **picked.details,
+    }
+    if dsir is not None:
+        facts |= {"targets": ", ".join(dsir.target_names), **dsir.settings()}
+        if picked.pool is not None:
+            facts["KL reduction (nats)"] = f"{dsir.kl_reduction(picked):.4f}"
+            facts["KL reduction of a random pick of equal size"] = f"{dsir.kl_reduction(picked.control):.4f}"
+    rows = "\n".join(f"| {_cell(name)} | {_cell(value)} |" for name, value in facts.items())
+    return f"""---
+configs:
+- config_name: default
+  data_files:
+  - split: train
+    path: {DATA}
+tags:
+- krontune
+- data-selection
+---
+
+# Rows picked from a larger pool
+
+krontune {version("krontune")} picked these rows by importance resampling (DSIR, arXiv 2302.03169). The licence is that
+of the pool. `selection/picks.jsonl` has the row number and the weight of each pick.
+
+| | |
+| --- | --- |
+{rows}
+
+A pick that looks like its target does not make a better model by itself: train on a random pick of the same size too.
+"""
+
+
+def _cell(value: Any) -> str:
+    return str(value).replace("|", "\\|").replace("\n", " ")

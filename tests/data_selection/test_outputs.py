@@ -1,0 +1,163 @@
+"""Rows of a selection in files and on a Hub that stands in for the real one."""
+
+import datetime
+import json
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+from types import SimpleNamespace
+
+import datasets
+import pytest
+import yaml
+
+from krontune.data_selection import DataSelectionError, Dsir, Selection
+from krontune.data_selection.outputs import card
+
+ROWS = [{"text": f"word{i % 5} stone {i}", "id": i, "tags": ["x"] * (i % 3)} for i in range(40)]
+
+
+@pytest.fixture
+def pools(tmp_path):
+    (tmp_path / "pool.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    dataset = datasets.Dataset.from_list(ROWS)
+    dataset.to_parquet(str(tmp_path / "pool.parquet"))
+    return {
+        "rows": ROWS,
+        "jsonl": tmp_path / "pool.jsonl",
+        "parquet": [tmp_path / "pool.parquet"],
+        "dataset": dataset,
+        "splits": datasets.DatasetDict(train=dataset),
+    }
+
+
+def test_files_hold_the_picked_rows_of_any_pool(tmp_path, pools):
+    for name, pool in pools.items():
+        dsir = Dsir(buckets=500).fit(target=["word3 stone"], raw=pool)
+        picked = dsir.select(pool, k=7)
+        expected = [ROWS[i] for i in picked.indices]
+        assert list(picked.rows()) == expected, name
+        picked.write(tmp_path / "out" / "picked.jsonl")
+        assert [json.loads(line) for line in (tmp_path / "out" / "picked.jsonl").open()] == expected
+        picked.write(tmp_path / "out" / "picked.parquet")
+        assert datasets.Dataset.from_parquet(str(tmp_path / "out" / "picked.parquet")).to_list() == expected
+        picked.save(tmp_path / "saved")
+        assert list(Selection.load(tmp_path / "saved").rows(pool)) == expected
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["picked.jsonl", "picked.parquet"]
+
+
+def test_a_pool_of_strings_gives_rows_with_text():
+    pool = ["word1", "word2", "stone"]
+    picked = Dsir(buckets=50).fit(target=["stone age"], raw=pool).select(pool, k=1, method="topk")
+    assert list(picked.rows()) == [{"text": "stone"}]
+
+
+def test_dates_and_half_surrogates_are_written(tmp_path):
+    rows = [{"text": "a\ud800", "when": datetime.date(2020, 1, 2)}]
+    Dsir(buckets=50).fit(target=["a b"], raw=rows).select(rows, k=1).write(tmp_path / "a.jsonl")
+    assert b'"when": "2020-01-02"' in (tmp_path / "a.jsonl").read_bytes()
+
+
+def test_what_cannot_be_written_leaves_nothing(tmp_path, pools):
+    picked = Dsir(buckets=500).fit(target=["word3 stone"], raw=ROWS).select(pools["jsonl"], k=7)
+    with pytest.raises(DataSelectionError, match="must end in .jsonl or .parquet"):
+        picked.write(tmp_path / "out.csv")
+    with pools["jsonl"].open("a") as file:
+        file.write('{"text": "late"}\n')
+    for name in ("out.jsonl", "out.parquet"):
+        with pytest.raises(DataSelectionError, match="the pool had 40 rows and has 41"):
+            picked.write(tmp_path / name)
+    picked.save(tmp_path / "saved")
+    with pytest.raises(DataSelectionError, match="does not hold its pool"):
+        Selection.load(tmp_path / "saved").write(tmp_path / "out.jsonl")
+    assert not list(tmp_path.glob("*out*"))
+
+
+class FakeApi:
+    def __init__(self):
+        self.files, self.created = {}, None
+
+    def create_repo(self, repo_id, **options):
+        self.created = (repo_id, options)
+
+    def upload_folder(self, *, repo_id, repo_type, folder_path, commit_message):
+        paths = [path for path in Path(folder_path).rglob("*") if path.is_file()]
+        self.files = {path.relative_to(folder_path).as_posix(): path.read_bytes() for path in paths}
+        return SimpleNamespace(commit_url=f"https://hub/{repo_id}/commit/1")
+
+
+def test_a_push_holds_rows_selection_and_card(tmp_path):
+    dsir = Dsir(buckets=500).fit(target=["word3 stone"], raw=ROWS)
+    picked, api = dsir.select(ROWS, k=7), FakeApi()
+    assert picked.push_to_hub("me/picked", dsir=dsir, api=api) == "https://hub/me/picked/commit/1"
+    assert api.created == ("me/picked", {"repo_type": "dataset", "private": True, "exist_ok": True})
+    names = ["README.md", "data/train.parquet", "selection/picks.jsonl", "selection/selection.json"]
+    assert sorted(api.files) == names
+    (tmp_path / "train.parquet").write_bytes(api.files["data/train.parquet"])
+    assert datasets.Dataset.from_parquet(str(tmp_path / "train.parquet")).to_list() == list(picked.rows())
+    text = api.files["README.md"].decode()
+    header = yaml.safe_load(text.split("---")[1])
+    assert header["configs"][0]["data_files"] == [{"split": "train", "path": "data/train.parquet"}]
+    for fact in ("| rows picked | 7 |", "| seed | 0 |", "| buckets | 500 |", "| targets | target |", "random pick"):
+        assert fact in text
+
+
+def test_the_card_does_without_an_estimator(tmp_path):
+    Dsir(buckets=500).fit(target=["word3 stone"], raw=ROWS).select(ROWS, k=7).save(tmp_path)
+    assert "| pool | not recorded |" in card(Selection.load(tmp_path))
+
+
+def test_the_real_client_sends_the_files_to_the_address_it_is_given():
+    """Through huggingface_hub to a server on this machine: what would go over the wire."""
+    from huggingface_hub import HfApi
+
+    seen: list[tuple[str, bytes]] = []
+
+    class Hub(BaseHTTPRequestHandler):
+        home = ""
+
+        def do_POST(self):
+            body = self.rfile.read(int(self.headers["Content-Length"] or 0))
+            seen.append((self.path, body))
+            answer: dict = {"url": f"{self.home}/datasets/me/picked", "name": "me/picked"}
+            if "preupload" in self.path:
+                files = json.loads(body)["files"]
+                answer = {
+                    "files": [{"path": file["path"], "uploadMode": "regular", "shouldIgnore": False} for file in files]
+                }
+            elif "/commit/" in self.path:
+                answer = {
+                    "commitUrl": f"{self.home}/datasets/me/picked/commit/abc",
+                    "commitOid": "abc",
+                    "success": True,
+                }
+            self.reply(answer)
+
+        def do_GET(self):
+            self.reply({"id": "me/picked", "sha": "abc", "siblings": []})
+
+        def reply(self, answer):
+            content = json.dumps(answer).encode()
+            self.send_response(200)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(content)
+
+        def log_message(self, *arguments):
+            pass
+
+    server = HTTPServer(("127.0.0.1", 0), Hub)
+    Hub.home = f"http://127.0.0.1:{server.server_port}"
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        api = HfApi(endpoint=Hub.home, token="hf_none")
+        picked = Dsir(buckets=500).fit(target=["word3 stone"], raw=ROWS).select(ROWS, k=7)
+        assert "abc" in picked.push_to_hub("me/picked", api=api)
+    finally:
+        server.shutdown()
+    paths = [path for path, _ in seen]
+    assert paths[0] == "/api/repos/create" and json.loads(seen[0][1])["type"] == "dataset"
+    commit = next(body for path, body in seen if "/commit/" in path)
+    sent = [json.loads(line)["value"].get("path") for line in commit.splitlines()]
+    assert {"README.md", "data/train.parquet"} <= set(sent)
