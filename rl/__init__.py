@@ -7,34 +7,57 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .credit import TokenCredit
     from .errors import RlError
     from .evaluation import Evaluation, Rate, heuristic_table, score
-    from .rewards import CertificateReward
+    from .heads import HeadSplit
+    from .rewards import CertificateReward, Guarded, MathReward
+    from .rhythm import attention_rhythm, probe
+    from .risk import Risk
     from .statistics import paired_difference, wilson_interval
     from .tasks import CertificateTask, get_task
+    from .trainer import DenseRolloutGRPOTrainer, TokenCreditGRPOTrainer
 
 _HOME = {
+    "TokenCredit": ".credit",
     "RlError": ".errors",
     "Evaluation": ".evaluation",
     "Rate": ".evaluation",
     "heuristic_table": ".evaluation",
     "score": ".evaluation",
+    "HeadSplit": ".heads",
     "CertificateReward": ".rewards",
+    "Guarded": ".rewards",
+    "MathReward": ".rewards",
+    "attention_rhythm": ".rhythm",
+    "probe": ".rhythm",
+    "Risk": ".risk",
     "paired_difference": ".statistics",
     "wilson_interval": ".statistics",
     "CertificateTask": ".tasks",
     "get_task": ".tasks",
+    "DenseRolloutGRPOTrainer": ".trainer",
+    "TokenCreditGRPOTrainer": ".trainer",
 }
 
 __all__ = [
     "CertificateReward",
     "CertificateTask",
+    "DenseRolloutGRPOTrainer",
     "Evaluation",
+    "Guarded",
+    "HeadSplit",
+    "MathReward",
     "Rate",
+    "Risk",
     "RlError",
+    "TokenCredit",
+    "TokenCreditGRPOTrainer",
+    "attention_rhythm",
     "get_task",
     "heuristic_table",
     "paired_difference",
+    "probe",
     "score",
     "wilson_interval",
 ]

@@ -1,12 +1,20 @@
-"""Rewards from a task's own check, in the form that TRL's trainers call."""
+"""Rewards in the form that TRL's trainers call: from a task's own check, and from math-verify for other data."""
 
-from collections.abc import Callable, Sequence
+import random
+import re
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
+from zlib import crc32
 
 from .errors import RlError
-from .evaluation import mark_all
+from .evaluation import completion_text, mark_each
+from .guard import Guarded
 from .tasks import get_task
 from .tasks.base import CertificateTask, Mark
+from .tasks.options import unknown
+from .tasks.preface import stated_order
+
+__all__ = ["KINDS", "PARTS", "CertificateReward", "Guarded", "MathReward"]
 
 SHAPED_POWER = 5
 
@@ -23,27 +31,60 @@ class CertificateReward:
     - "ids_exact":   1[ŝ = s*], order included (r_ids,exa).
     - "ids_prefix":  max(0, m / L - 0.1 * 1[ŝ empty or |ŝ| != L]), m the length of the longest common prefix
       of ŝ and s* (r_ids,pre). It pays 0.9 for s* followed by anything.
-    - "shaped":      1[ŝ feasible] * (value(ŝ) / a*) ** 5.
+    - "shaped":      1[ŝ feasible] * (value(ŝ) / a*) ** 5; the inverse ratio where fewer is better.
+    - "sorted_preface": 1[the text says it sorted all ids and they stand in the task's order], see
+      `tasks.preface` (r_sort). Alone it teaches to write the sorted list as the answer.
+    - "mixture":     the mean of the kinds in `weights`, weighted; by default answer, ids_exact and, in a task
+      that sorts, sorted_preface, equally. {"answer": 0.9, "format": 0.1} is r_ans+fmt of the paper.
+    - "curriculum":  the kind `first` for the first `switch_at` optimiser steps, then the kind `then`. Needs
+      TRL's `trainer_state`, which the asynchronous trainers do not give.
 
-    Sources: arXiv 2510.27044, section 2 (answer, ids_exact, ids_prefix); arXiv 2511.07317, RLVE (shaped,
-    power 5; RLVE gives -1 and -0.5 to unreadable and infeasible answers, here both are 0 so that every reward
-    stays in [0, 1]). Departure: all kinds but "answer" pay 0 where either block cannot be read, see
-    `krontune.rl.tasks.parsing`. ids_exact and ids_prefix mean what the paper means only where optima are
-    unique.
+    Controls, which say how much of a gain the training itself makes, without any teaching:
+
+    - "format":      1[both blocks can be read].
+    - "random":      1 with probability 1/2, whatever the text; drawn from a stream of `seed` that goes on from
+      call to call, so equal texts get different rewards. It reads nothing, so it needs no `Guarded`, whose
+      children would each begin that stream anew.
+    - "wrong_label": 1[â = a* + 1 or a* - 1], one of the two fixed for each instance.
+
+    Sources: arXiv 2510.27044, section 2 (answer, ids_exact, ids_prefix, sorted_preface, mixture, curriculum);
+    arXiv 2511.07317, RLVE (shaped, power 5; RLVE gives -1 and -0.5 to unreadable and infeasible answers, here
+    both are 0 so that every reward stays in [0, 1]); arXiv 2506.10947 (controls). Departure: "certificate",
+    the ids kinds and "shaped" pay 0 where either block cannot be read, see `krontune.rl.tasks.parsing`.
+    ids_exact and ids_prefix mean what the paper means only where optima are unique.
 
     A call returns one float for each completion and never raises on what a completion says. Where TRL gives
     `log_metric`, it logs `<task>/answer_accuracy`, `<task>/certificate_accuracy`, `<task>/gap` (their
     difference) and `<task>/parse_failure`, once per completion, since TRL averages over calls. Where it gives
     `log_extra`, the completions table gets a column `verdict`. Picklable; named `<task>_<kind>`.
 
-    Raises RlError for an unknown task or kind, and when called without the `instance` column.
+    Raises RlError for an unknown task or kind, weights that are no mixture, sorted_preface for a task that
+    sorts nothing, and when called without the columns it needs.
     """
 
-    def __init__(self, task: CertificateTask | str, kind: str = "certificate"):
+    def __init__(
+        self,
+        task: CertificateTask | str,
+        kind: str = "certificate",
+        *,
+        weights: Mapping[str, float] | None = None,
+        first: str = "sorted_preface",
+        then: str = "answer",
+        switch_at: int = 20,
+        seed: int = 0,
+    ):
         if kind not in KINDS:
-            raise RlError(f"unknown reward kind {kind!r}; kinds: {', '.join(KINDS)}")
+            raise unknown("reward kind", kind, KINDS)
         self.task = get_task(task) if isinstance(task, str) else task
         self.kind = kind
+        self.weights = _mixture(weights, self.task) if kind == "mixture" else {}
+        self.first, self.then, self.switch_at = first, then, switch_at
+        for part in (first, then) if kind == "curriculum" else (kind, *self.weights):
+            if kind == "curriculum" and part not in PARTS:
+                raise unknown("stage of a curriculum", part, PARTS)
+            if part == "sorted_preface" and not _sorts(self.task):
+                raise RlError(f"task {self.task.name!r} sorts nothing, so it has no reward {part!r}")
+        self._coin = random.Random(seed)
         self.__name__ = f"{self.task.name}_{kind}"
 
     def __call__(
@@ -51,6 +92,7 @@ class CertificateReward:
         prompts: Sequence[Any] | None = None,
         completions: Sequence[Any] | None = None,
         instance: Sequence[Any] | None = None,
+        trainer_state: Any = None,
         log_extra: Callable[[str, list[Any]], None] | None = None,
         log_metric: Callable[[str, float], None] | None = None,
         **columns: Any,
@@ -63,13 +105,31 @@ class CertificateReward:
                 f"reward {self.__name__!r} needs the data set's column 'instance': make the data set with "
                 "task.dataset(...), or keep that column"
             )
-        marks = mark_all(self.task, instance, completions)
-        if log_extra is not None:
-            log_extra("verdict", [mark.verdict for mark in marks])
-        if log_metric is not None:
-            for mark in marks:
+        if self.kind == "curriculum" and trainer_state is None:
+            raise RlError("a curriculum needs trainer_state, which TRL's asynchronous trainers do not give")
+        pay = self._payment(trainer_state)
+        paid, verdicts = [], []
+        for mark in mark_each(self.task, instance, completions):
+            paid.append(pay(self.task, mark))
+            if log_extra is not None:
+                verdicts.append(mark.verdict)
+            if log_metric is not None:
                 self._log(mark, log_metric)
-        return [KINDS[self.kind](mark) for mark in marks]
+        if log_extra is not None:
+            log_extra("verdict", verdicts)
+        return paid
+
+    def _payment(self, trainer_state: Any) -> Callable[[CertificateTask, Mark], float]:
+        if self.kind == "mixture":
+            return self._mixed
+        if self.kind == "random":
+            return lambda task, mark: float(self._coin.random() < 0.5)
+        if self.kind == "curriculum":
+            return PARTS[self.first if trainer_state.global_step < self.switch_at else self.then]
+        return PARTS[self.kind]
+
+    def _mixed(self, task: CertificateTask, mark: Mark) -> float:
+        return sum(weight * PARTS[part](task, mark) for part, weight in self.weights.items())
 
     def _log(self, mark: Mark, log_metric: Callable[[str, float], None]) -> None:
         answer, certificate = float(mark.answer_right), float(mark.certificate_right)
@@ -79,22 +139,22 @@ class CertificateReward:
         log_metric(f"{self.task.name}/parse_failure", float(not mark.parsed.ok))
 
 
-def certificate(mark: Mark) -> float:
+def certificate(task: CertificateTask, mark: Mark) -> float:
     """1[feasible and value = optimum]."""
     return float(mark.certificate_right)
 
 
-def answer(mark: Mark) -> float:
-    """1[stated count = optimum]."""
+def answer(task: CertificateTask, mark: Mark) -> float:
+    """1[stated value = optimum]."""
     return float(mark.answer_right)
 
 
-def ids_exact(mark: Mark) -> float:
+def ids_exact(task: CertificateTask, mark: Mark) -> float:
     """1[ids = the solver's certificate, in its order]."""
     return float(mark.parsed.ok and mark.parsed.ids == mark.solution.certificate)
 
 
-def ids_prefix(mark: Mark) -> float:
+def ids_prefix(task: CertificateTask, mark: Mark) -> float:
     """max(0, common prefix / L - 0.1 * 1[no ids, or another number of them than L])."""
     if not mark.parsed.ok or mark.parsed.ids is None:
         return 0.0
@@ -105,17 +165,140 @@ def ids_prefix(mark: Mark) -> float:
     return max(0.0, common / len(gold) - 0.1 * (len(stated) != len(gold)))
 
 
-def shaped(mark: Mark) -> float:
-    """1[feasible] * (value / optimum) ** 5."""
+def shaped(task: CertificateTask, mark: Mark) -> float:
+    """1[feasible] * (value / optimum) ** 5, or (optimum / value) ** 5 where fewer is better."""
     if not mark.parsed.ok or mark.check is None or not mark.check.feasible:
         return 0.0
-    return (mark.check.value / mark.solution.value) ** SHAPED_POWER
+    ratio = mark.check.value / mark.solution.value
+    return (1 / ratio if task.fewest else ratio) ** SHAPED_POWER
 
 
-KINDS: dict[str, Callable[[Mark], float]] = {
+def sorted_preface(task: CertificateTask, mark: Mark) -> float:
+    """1[the order that the text says it sorted the ids into = the task's order]."""
+    return float(stated_order(mark.text, mark.instance.n) == task.preface(mark.instance))
+
+
+def format_only(task: CertificateTask, mark: Mark) -> float:
+    """1[both blocks can be read]."""
+    return float(mark.parsed.ok)
+
+
+def wrong_label(task: CertificateTask, mark: Mark) -> float:
+    """1[stated value = optimum + 1 or - 1], one of the two fixed for each instance."""
+    up = mark.solution.value < 2 or crc32(task.key(mark.instance).encode()) % 2
+    return float(mark.parsed.answer == mark.solution.value + (1 if up else -1))
+
+
+PARTS: dict[str, Callable[[CertificateTask, Mark], float]] = {
     "certificate": certificate,
     "answer": answer,
     "ids_exact": ids_exact,
     "ids_prefix": ids_prefix,
     "shaped": shaped,
+    "sorted_preface": sorted_preface,
+    "format": format_only,
+    "wrong_label": wrong_label,
 }
+KINDS = (*PARTS, "mixture", "curriculum", "random")
+
+
+def _sorts(task: CertificateTask) -> bool:
+    return type(task).preface is not CertificateTask.preface
+
+
+def _mixture(weights: Mapping[str, float] | None, task: CertificateTask) -> dict[str, float]:
+    """The weights, scaled to sum to 1."""
+    if weights is None:
+        weights = {"answer": 1, "ids_exact": 1, **({"sorted_preface": 1} if _sorts(task) else {})}
+    for part in weights:
+        if part not in PARTS:
+            raise unknown("part of a mixture", part, PARTS)
+    total = sum(weights.values())
+    if not weights or min(weights.values()) < 0 or total <= 0:
+        raise RlError(f"the weights of a mixture must be 0 or more and not all 0, got {dict(weights)}")
+    return {part: weight / total for part, weight in weights.items()}
+
+
+_LIST = re.compile(r"-?[0-9.]+(?:\s*,\s*-?[0-9.]+)+")
+_THOUSANDS = re.compile(r"-?[0-9]{1,3}(?:,[0-9]{3})+(?:\.[0-9]+)?")
+_RELATION = re.compile(r"[=<>]|\\(?:in|leq?|geq?|neq?|approx|sim|equiv)\b")
+_BRACE = re.compile(r"[{}]")
+_NAMING = re.compile(r"^\s*[A-Za-z]\s*=")
+
+
+class MathReward:
+    r"""1 where math-verify finds the last `\boxed{...}` equal to the row's gold answer, for data with such a column.
+
+    column: where the gold answer stands: LaTeX, or a bare number. Needs the extra `math`.
+
+    math-verify has no time limit outside the main thread, and one completion like `\boxed{9^{9^{9^9}}}`
+    freezes the process: always run it as `Guarded(MathReward())`. Stricter than math-verify where it was
+    found to pay for nothing: only the text after the last `</think>` counts, all boxes there must agree, and
+    a box that states a relation where the gold answer has none (`5=3`, `x\in\{3\}`) earns 0, except for one
+    name in front (`x=3`). Left as they are: unevaluated sums and integrals count as their value.
+
+    A call returns 1.0, 0.0, or None where math-verify cannot read the gold answer, so that TRL leaves the row
+    out. Raises RlError without the column or the extra, and for a gold answer that is a list of numbers:
+    math-verify compares lists as sets, so an order or a repetition would not count.
+    """
+
+    def __init__(self, column: str = "answer"):
+        self.column = column
+        self.__name__ = "math"
+
+    def __call__(
+        self, prompts: Sequence[Any] | None = None, completions: Sequence[Any] | None = None, **columns: Any
+    ) -> list[float | None]:
+        """One reward per completion."""
+        if completions is None:
+            raise RlError("a reward needs completions")
+        if self.column not in columns:
+            raise RlError(f"reward 'math' needs the data set's column {self.column!r} with the gold answers")
+        return [
+            self._one(str(gold), completion_text(completion))
+            for gold, completion in zip(columns[self.column], completions, strict=True)
+        ]
+
+    def _one(self, gold: str, text: str) -> float | None:
+        try:
+            from math_verify import LatexExtractionConfig, parse, verify
+        except ImportError as error:
+            raise RlError("reward 'math' needs math-verify: pip install krontune[math]") from error
+        boxes = _boxes(gold)
+        gold = boxes[-1] if boxes else gold.strip().strip("$")
+        if _LIST.fullmatch(gold.strip()) and not _THOUSANDS.fullmatch(gold.strip()):
+            raise RlError(
+                f"the gold answer {gold!r} is a list, which math-verify compares as a set: use another reward"
+            )
+        # None: math-verify's own time limit works in the main thread only, and would cancel any alarm set there
+        how: dict[str, Any] = {"extraction_config": [LatexExtractionConfig()], "parsing_timeout": None}
+        truth = parse(f"\\boxed{{{gold}}}", **how)
+        if not truth:
+            return None
+        stated = set(_boxes(text[text.rfind("</think>") + 1 :]))
+        if len(stated) != 1:
+            return 0.0
+        box = stated.pop()
+        if not _RELATION.search(gold):
+            box = _NAMING.sub("", box)
+            if _RELATION.search(box):
+                return 0.0
+        found = parse(f"\\boxed{{{box}}}", **how)
+        return float(bool(found) and verify(truth, found, timeout_seconds=None))
+
+
+def _boxes(text: str) -> list[str]:
+    r"""The contents of all closed `\boxed{...}` that stand in no other one, in linear time."""
+    opener, found, place = "\\boxed{", [], 0
+    while (place := text.find(opener, place)) >= 0:
+        start = place + len(opener)
+        depth = 1
+        for brace in _BRACE.finditer(text, start):
+            depth += 1 if brace.group() == "{" else -1
+            if not depth:
+                found.append(text[start : brace.start()].strip())
+                break
+        else:
+            return found
+        place = brace.end()
+    return found

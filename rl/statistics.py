@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from math import sqrt
 from statistics import NormalDist
+from typing import Any
 
 from .errors import RlError
 
@@ -59,6 +60,53 @@ def paired_difference(
     means = (draws[:, 2] - draws[:, 0]) / n
     low, high = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])
     return float(differences.mean()), float(low), float(high)
+
+
+def clustered_mean(
+    values: Sequence[float], groups: Sequence[int], confidence: float = 0.95, resamples: int = 2000, seed: int = 0
+) -> tuple[float, float, float, int]:
+    """The mean of values that come in groups, with an interval over groups: (value, low, high, groups).
+
+    groups: one label a value (samples of one instance share it). Rates with one value a group get the Wilson
+    interval, everything else the percentile bootstrap over groups (each drawn with all its values). Where all
+    groups agree on 0 or on 1 the bootstrap would be a point, and Wilson's interval over groups is given.
+    Raises RlError for nothing, for lengths that differ and for a bad confidence.
+    """
+    import numpy as np
+
+    _checked(confidence)
+    if len(values) != len(groups) or not len(values):
+        raise RlError(f"one group a value is needed, 1 or more, got {len(values)} values and {len(groups)} groups")
+    v = np.asarray(values, dtype=np.float64)  # (N,)
+    g = np.unique(np.asarray(groups), return_inverse=True)[1].reshape(-1)  # (N,)
+    sums, sizes = np.bincount(g, weights=v), np.bincount(g)  # (G,), (G,)
+    count, value = len(sums), float(v.mean())
+    binary = bool(np.isin(v, (0.0, 1.0)).all())
+    if binary and (count == len(v) or value in (0.0, 1.0)):
+        return value, *wilson_interval(round(value * count), count, confidence), count
+    low, high = bootstrap_interval(
+        np.stack([sums, sizes], axis=1), lambda m: m[:, 0] / m[:, 1], confidence, resamples, seed
+    )
+    return value, float(low), float(high), count
+
+
+def bootstrap_interval(
+    items: Any, statistic: Any, confidence: float = 0.95, resamples: int = 2000, seed: int = 0
+) -> tuple[Any, Any]:
+    """The percentile interval of `statistic(means)` under drawing items with replacement: (low, high).
+
+    items: (N, K), K numbers an item. statistic: (resamples, K) means of the drawn items -> (resamples,) or
+    (resamples, M); the ends have shape () or (M,). Items that are alike are drawn as one multinomial count.
+    """
+    import numpy as np
+
+    _checked(confidence)
+    kinds, counts = np.unique(np.asarray(items, dtype=np.float64), axis=0, return_counts=True)  # (U, K), (U,)
+    n = counts.sum()
+    draws = np.random.default_rng(seed).multinomial(n, counts / n, size=resamples)  # (resamples, U)
+    found = statistic(draws @ kinds / n)
+    low, high = np.quantile(found, [(1 - confidence) / 2, (1 + confidence) / 2], axis=0)
+    return low, high
 
 
 def _checked(confidence: float) -> float:

@@ -1,11 +1,25 @@
-"""TRL's GRPO trainer with fast rollouts from a quantised, adapted model."""
+"""TRL's GRPO trainer with fast rollouts from a quantised, adapted model, token credit and risk-averse advantages."""
 
-from contextlib import nullcontext
-from typing import Any
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any, cast
 
-from trl import GRPOTrainer
+import torch
+from accelerate.utils import DistributedType
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from trl import GRPOConfig, GRPOTrainer
 
 from ..adapters.dense import dense_weights
+from .credit import TokenCredit, credited_advantages, token_credit
+from .errors import RlError
+from .heads import HeadSplit, pool
+from .probe import read_rhythm
+from .rhythm import Rhythm
+from .risk import Risk, risk_advantages, zero_groups
+
+_STATE_FILE = "token_credit.pt"
 
 
 class DenseRolloutGRPOTrainer(GRPOTrainer):
@@ -26,3 +40,266 @@ class DenseRolloutGRPOTrainer(GRPOTrainer):
     def _generate_single_turn(self, *args: Any, **kwargs: Any) -> Any:
         with dense_weights(self.accelerator.unwrap_model(self.model)) if self.dense_rollouts else nullcontext():
             return super()._generate_single_turn(*args, **kwargs)
+
+
+class TokenCreditGRPOTrainer(DenseRolloutGRPOTrainer):
+    """GRPO whose advantages differ from token to token, by what the policy's own attention says about them.
+
+    After TRL has sampled and scored a batch, one more forward over prompts and completions, up to the last layer read,
+    gives WAAD and FAI; `token_credit` turns them into gamma (B, T), and the advantages become A_i gamma_it. Gamma is
+    found once for a sampled batch, as in the paper, and used in all gradient steps on it. Evaluation is untouched.
+
+    Args:
+        credit: the rule; None for the defaults, `TokenCredit(strategy="off")` for none.
+        risk: what to maximise instead of the mean reward; None for the mean. It takes the place of `scale_rewards`:
+            advantages are then centred and not divided by a standard deviation.
+        All others: of `DenseRolloutGRPOTrainer`.
+
+    Logs `credit/gamma_mean`, `credit/share` (of the model's tokens, those with a gamma other than 1),
+    `credit/responses` (those with any such token), `credit/fai_share` (of the tokens, those with an FAI),
+    `credit/head_turnover`, `credit/cosine` where `credit.cosine_every` asks for it, and `risk/zero_groups`. The mean
+    of gamma is about 1.2, and so is the gradient's norm: `max_grad_norm` bites earlier and a `beta` counts for less.
+
+    Raises:
+        RlError: settings that would erase token credit without a word, or that it was not made for: sequence-level
+            importance sampling, the loss `luspo`, FSDP, ZeRO-3, images; attention that the probe cannot read; risk
+            with `normalize_then_sum`, or with batches that are not whole bundles.
+    """
+
+    def __init__(self, *args: Any, credit: TokenCredit | None = None, risk: Risk | None = None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.credit = credit or TokenCredit()
+        self.risk = risk
+        self.head_split = HeadSplit(
+            self.credit.head_split, quantile=self.credit.head_quantile, refresh=self.credit.head_refresh
+        )
+        self._batches = 0  # sampled so far
+        self._batch_rewards: torch.Tensor | None = None
+        if self.credit.strategy != "off":
+            self._refuse_lost_credit()
+        if risk is not None:
+            self._refuse_risk(risk)
+
+    @property
+    def _policy(self) -> Any:
+        return self.accelerator.unwrap_model(self.model)
+
+    @property
+    def _group(self) -> int:
+        """Completions a prompt."""
+        return cast(int, self.num_generations)
+
+    def _refuse_lost_credit(self) -> None:
+        if self.importance_sampling_level == "sequence" or self.loss_type == "luspo":
+            raise RlError(
+                f"importance_sampling_level={self.importance_sampling_level!r} with loss_type={self.loss_type!r} "
+                "weighs whole sequences, so that only the sum of a response's advantages would count and token credit "
+                'be erased: set importance_sampling_level="token" and another loss, or TokenCredit(strategy="off")'
+            )
+        if self.is_fsdp_enabled or self.accelerator.distributed_type == DistributedType.DEEPSPEED:
+            raise RlError("token credit reads a part of the model's forward, which FSDP and DeepSpeed do not allow")
+        if self.top_entropy_quantile < 1:
+            warnings.warn(
+                f"top_entropy_quantile={self.top_entropy_quantile} drops the loss of low-entropy tokens, credited ones "
+                "among them",
+                stacklevel=3,
+            )
+        if self.credit.reads_attention:  # refuses what cannot be read before anything is sampled
+            two = torch.ones(1, 2, dtype=torch.long, device=self.accelerator.device)
+            read_rhythm(self._policy, two, two, two, self.credit.layers)
+
+    def _refuse_risk(self, risk: Risk) -> None:
+        if self.multi_objective_aggregation != "sum_then_normalize":
+            raise RlError(
+                f"risk needs one reward a completion, got multi_objective_aggregation="
+                f"{self.multi_objective_aggregation!r}: set it to 'sum_then_normalize'"
+            )
+        prompts = cast(int, cast(GRPOConfig, self.args).generation_batch_size) // self._group
+        if prompts % risk.bundle:
+            raise RlError(f"a batch of {prompts} prompts cannot be cut into bundles of {risk.bundle}")
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        batch = super()._generate_and_score_completions(inputs)
+        if not self._policy.training:
+            return batch
+        if self.risk is not None:
+            batch["advantages"] = self._averse_advantages(self.risk, len(batch["advantages"]))
+        if self.credit.strategy != "off":
+            gamma = self._gamma(batch)
+            plain = batch["advantages"]
+            batch["advantages"] = credited_advantages(plain, gamma, self.credit.sign)
+            if self.credit.cosine_every and self._batches % self.credit.cosine_every == 0:
+                self._log_cosine(batch, plain)
+        self._batches += 1
+        return batch
+
+    def _calculate_rewards(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        rewards = super()._calculate_rewards(*args, **kwargs)  # (N, functions), of all processes
+        unscored = rewards.isnan().all(1)
+        self._batch_rewards = (
+            (rewards * self.reward_weights.to(rewards.device)).nansum(1).masked_fill(unscored, torch.nan)
+        )
+        return rewards
+
+    def _averse_advantages(self, risk: Risk, local: int) -> torch.Tensor:
+        """This process's advantages (local,); the completions table shows them in the place of TRL's."""
+        assert self._batch_rewards is not None
+        advantages = risk_advantages(self._batch_rewards, self._group, risk)
+        self._metrics["train"]["risk/zero_groups"].append(zero_groups(advantages, self._group))
+        shown = self._logs["advantages"]
+        for _ in range(min(len(shown), len(advantages))):
+            shown.pop()
+        shown.extend(advantages.tolist())
+        return advantages[self.accelerator.process_index * local :][:local]
+
+    @torch.no_grad()
+    def _gamma(self, batch: dict[str, Any]) -> torch.Tensor:
+        """Gamma (B, C) of the completions of a sampled batch, logged."""
+        if "pixel_values" in batch:
+            raise RlError("token credit reads text alone, and this batch has images: use TokenCredit(strategy='off')")
+        credit, completion = self.credit, batch["completion_ids"]
+        response = batch["completion_mask"] * batch.get("tool_mask", 1)  # (B, C)
+        if not credit.credit_truncated:
+            response = response * self._finished(completion, batch["completion_mask"])[:, None]
+        waad = fai = torch.zeros_like(response, dtype=torch.float32)
+        if credit.reads_attention:
+            waad, fai = self._waad_and_fai(batch, response)
+        entropy = None
+        if credit.strategy == "entropy":
+            entropy = torch.cat([self._log_probs_and_entropy(row)[1] for row in _rows(batch)])
+        gamma = token_credit(
+            waad,
+            fai,
+            response,
+            credit,
+            entropy=entropy,
+            excluded=torch.isin(completion, torch.tensor(credit.exclude_ids, device=completion.device)),
+            generator=self._generator(),
+        )
+        self._log_gamma(gamma, fai, batch["completion_mask"] * batch.get("tool_mask", 1))
+        return gamma
+
+    def _waad_and_fai(self, batch: dict[str, Any], response: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(B, C) each, over the local and the global heads, read in chunks as long as a gradient step's batch."""
+        ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], 1)
+        attended = torch.cat([batch["prompt_mask"], batch["completion_mask"]], 1)
+        counted = torch.cat([torch.zeros_like(batch["prompt_mask"]), response], 1)
+        chunks = [x.split(self.args.per_device_train_batch_size) for x in (ids, attended, counted)]
+        credit, settled = self.credit, self.head_split.settled
+        options = {"window": credit.window, "horizon": credit.horizon, "backend": credit.backend, "heads": settled}
+        with self.accelerator.autocast():
+            parts = [
+                read_rhythm(self._policy, some, attention, mask, credit.layers, **options)
+                for some, attention, mask in zip(*chunks, strict=True)
+            ]
+        rhythms = {layer: _joined([part[layer] for part in parts]) for layer in parts[0]}
+        heads = self.head_split.update(rhythms, counted)
+        self._metrics["train"]["credit/head_turnover"].append(self.head_split.turnover)
+        prompt = batch["prompt_ids"].shape[1]
+        waad, fai = pool(rhythms, heads)
+        return waad[:, prompt:], fai[:, prompt:]
+
+    def _finished(self, completion: torch.Tensor, completion_mask: torch.Tensor) -> torch.Tensor:
+        """(B,) whether a completion's last token ends it, rather than the length limit."""
+        last = completion.gather(1, (completion_mask.sum(1, keepdim=True) - 1).clamp(min=0))
+        return torch.isin(last, torch.tensor(self.eos_token_ids, device=last.device))[:, 0]
+
+    def _generator(self) -> torch.Generator:
+        """Chance of its own for each batch and process, and the same again where a run is continued."""
+        rank, world = self.accelerator.process_index, self.accelerator.num_processes
+        return torch.Generator().manual_seed(self.credit.seed * 1_000_003 + self._batches * world + rank)
+
+    def _log_gamma(self, gamma: torch.Tensor, fai: torch.Tensor, mask: torch.Tensor) -> None:
+        """Means over the tokens and responses of all processes."""
+        other = (gamma != 1) & mask.bool()
+        seen = (fai > 0) & mask.bool()
+        sums = [gamma.where(mask.bool(), 0).sum(), other.sum(), seen.sum(), mask.sum(), other.any(1).sum(), len(mask)]
+        local = torch.tensor([float(some) for some in sums], device=gamma.device)
+        reduced = cast(torch.Tensor, self.accelerator.reduce(local, "sum"))
+        total, others, judged, tokens, credited, responses = reduced.tolist()
+        metrics = self._metrics["train"]
+        metrics["credit/gamma_mean"].append(total / max(tokens, 1))
+        metrics["credit/share"].append(others / max(tokens, 1))
+        metrics["credit/responses"].append(credited / responses)
+        if self.credit.reads_attention:
+            metrics["credit/fai_share"].append(judged / max(tokens, 1))
+
+    def _log_cosine(self, batch: dict[str, Any], plain: torch.Tensor) -> None:
+        """Cosine of the credited to the uncredited policy gradient, over the first rows of the batch.
+
+        Of sum_t A_t grad log pi_t / |response|, the gradient of the first step on a batch, without clipping or KL.
+        """
+        parameters = [p for p in self._policy.parameters() if p.requires_grad]
+        gradients: list[list[torch.Tensor]] = []
+        for number, row in enumerate(_rows(batch, self.args.per_device_train_batch_size)):
+            log_probs, _ = self._log_probs_and_entropy(row)  # (1, C)
+            mask = row["completion_mask"] * row.get("tool_mask", 1)
+            if not mask.any():
+                continue
+            for which, advantages in enumerate((row["advantages"], plain[number].expand_as(row["advantages"]))):
+                value = (log_probs * advantages * mask).sum() / mask.sum()
+                parts = torch.autograd.grad(value, parameters, retain_graph=which == 0, allow_unused=True)
+                found = [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, parts, strict=True)]
+                if len(gradients) <= which:
+                    gradients.append(found)
+                else:
+                    torch._foreach_add_(gradients[which], found)
+        if not gradients:
+            return
+        both, first, second = (
+            sum((a.double() * b.double()).sum().item() for a, b in zip(gradients[i], gradients[j], strict=True))
+            for i, j in ((0, 1), (0, 0), (1, 1))
+        )
+        if first * second > 0:
+            self._metrics["train"]["credit/cosine"].append(both / (first * second) ** 0.5)
+
+    def _log_probs_and_entropy(self, row: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of the policy at each completion token, at the sampling temperature: (B, C) each, the entropy in nats."""
+        ids = torch.cat([row["prompt_ids"], row["completion_ids"]], 1)
+        attended = torch.cat([row["prompt_mask"], row["completion_mask"]], 1)
+        model, length = self._policy, row["completion_ids"].shape[1]
+        with _evaluating(model), self.accelerator.autocast():
+            logits = model(input_ids=ids, attention_mask=attended, use_cache=False).logits[:, -length - 1 : -1]
+        every = (logits.float() / self.temperature).log_softmax(-1)  # (B, C, V)
+        log_probs = every.gather(2, row["completion_ids"][:, :, None])[:, :, 0]
+        return log_probs, -(every.exp() * every).sum(-1).detach()
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        super()._save_checkpoint(model, trial)
+        if self.args.should_save:
+            folder = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+            torch.save({"batches": self._batches, "heads": self.head_split.state_dict()}, folder / _STATE_FILE)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None and (path := Path(checkpoint) / _STATE_FILE).exists():
+            state = torch.load(path, weights_only=True)
+            self._batches = state["batches"]
+            self.head_split.load_state_dict(state["heads"])
+
+
+def _rows(batch: dict[str, Any], limit: int | None = None) -> Iterator[dict[str, Any]]:
+    """The batch row by row, each still with its first dimension."""
+    names = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask", "tool_mask", "advantages")
+    rows = len(batch["completion_ids"])
+    for at in range(rows if limit is None else min(limit, rows)):
+        yield {name: batch[name][at : at + 1] for name in names if name in batch}
+
+
+def _joined(parts: list[Rhythm]) -> Rhythm:
+    """One rhythm of the rows of several."""
+    spans = [part.span for part in parts if part.span is not None]
+    waad, fai, rows = (torch.cat([getattr(part, name) for part in parts]) for name in ("waad", "fai", "rows"))
+    return Rhythm(waad, fai, torch.cat(spans) if spans else None, rows)
+
+
+@contextmanager
+def _evaluating(model: torch.nn.Module) -> Iterator[None]:
+    """Without dropout and without checkpointing, each module put back as it was."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True

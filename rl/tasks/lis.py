@@ -10,6 +10,7 @@ from typing import Any
 
 from ..errors import RlError
 from .base import CertificateTask, Check, Instance, Solution, table
+from .options import integer_range, truth
 from .parsing import Ids
 from .splits import MAX_TRIES, as_random, size_range
 from .subsequence import RULES, critical_levels, is_increasing, longest
@@ -24,29 +25,31 @@ class Lis(CertificateTask):
     values: the inclusive range (low, high) from which values are drawn, independently and uniformly.
     unique: draw only instances with a single optimal set of rows (which, from two rows on, also means an
         optimum of at least 2). The test needs no counting, see `critical_levels`.
+    paper_compat: the sampling of arXiv 2510.27044, appendix A: values 1 to 1000, rejection at any size, and n
+        drawn anew on each rejection, which favours few rows. Prompts stay ours.
 
     The task is that of arXiv 2510.27044, section 2 and appendix A. Departures: the size is drawn first (see
     `CertificateTask.instances`); any optimal certificate counts, not one reference sequence; above 16 rows an
     instance is repaired into uniqueness instead of rejected, which favours longer optima a little, so
     `Instance.generator` records "rejection", "repair" or, with unique=False, "free".
 
-    Raises RlError for a range that is empty, or a single value with unique=True.
+    Raises RlError for a range that is empty, a single value with unique=True, or options beside paper_compat.
     """
 
     name = "lis"
     version = 1
     columns = ("value",)
 
-    def __init__(self, values: Sequence[int] = (1, 99), unique: bool = True):
-        pair = list(values) if isinstance(values, Sequence) else []
-        if len(pair) != 2 or any(type(end) is not int for end in pair) or pair[0] > pair[1]:
-            raise RlError(f"values must be an inclusive range [low, high] of integers, got {values!r}")
-        if type(unique) is not bool:
-            raise RlError(f"unique must be true or false, got {unique!r}")
+    def __init__(self, values: Sequence[int] = (1, 99), unique: bool = True, paper_compat: bool = False):
+        self.values = integer_range("values", values)
+        self.unique = truth("unique", unique)
+        self.paper_compat = truth("paper_compat", paper_compat)
+        if paper_compat:
+            if (self.values, unique) != ((1, 99), True):
+                raise RlError("paper_compat fixes values and unique: leave them out")
+            self.values = (1, 1000)
         if unique and values[0] == values[1]:
             raise RlError(f"values {list(values)} is a single value, so no optimum is unique: widen the range")
-        self.values: tuple[int, int] = (values[0], values[1])
-        self.unique = unique
         self.heuristics = {name: partial(_apply, rule) for name, rule in RULES.items()}
         self.symmetries = {
             "monotone_map": self.monotone_map,
@@ -57,7 +60,8 @@ class Lis(CertificateTask):
 
     def options(self) -> dict[str, Any]:
         """The options given, for seeding and for records."""
-        return {"values": self.values, "unique": self.unique}
+        given = {"values": self.values, "unique": self.unique}
+        return {**given, "paper_compat": True} if self.paper_compat else given
 
     def instance(self, values: Sequence[int]) -> Instance:
         """The instance with these values, top to bottom."""
@@ -70,22 +74,26 @@ class Lis(CertificateTask):
         the range of values is too narrow to find a unique optimum.
         """
         source = as_random(rng)
-        rows = source.randint(*size_range(n))
+        low, high = size_range(n)
+        if self.paper_compat:
+            return replace(self.instance(self._reject(source, low, high)), generator="rejection")
+        rows = source.randint(low, high)
         if not self.unique:
             return replace(self.instance(self._draw(source, rows)), generator="free")
         if rows <= REJECTION_MAX_N:
-            return replace(self.instance(self._reject(source, rows)), generator="rejection")
+            return replace(self.instance(self._reject(source, rows, rows)), generator="rejection")
         return replace(self.instance(self._repair(source, rows)), generator="repair")
 
     def _draw(self, rng: random.Random, rows: int) -> list[int]:
         return [rng.randint(*self.values) for _ in range(rows)]
 
-    def _reject(self, rng: random.Random, rows: int) -> list[int]:
+    def _reject(self, rng: random.Random, low: int, high: int) -> list[int]:
         for _ in range(MAX_TRIES):
-            values = self._draw(rng, rows)
-            if all(len(level) == 1 for level in critical_levels(values).values()):
+            values = self._draw(rng, rng.randint(low, high) if low < high else low)
+            levels = critical_levels(values)
+            if len(levels) > 1 and all(len(level) == 1 for level in levels.values()):
                 return values
-        raise self._too_narrow(rows)
+        raise self._too_narrow(high)
 
     def _repair(self, rng: random.Random, rows: int) -> list[int]:
         """Draws one of the elements that share a level anew until every level holds one."""
@@ -126,18 +134,15 @@ class Lis(CertificateTask):
 
         The ids may come in any order; `order_ok` says whether they came increasing.
         """
-        feasible = is_increasing(_values(instance), certificate)
-        value = len(certificate) if feasible else 0
-        return Check(
-            feasible=feasible,
-            value=value,
-            optimal=feasible and value == self.solve(instance).value,
-            order_ok=all(a < b for a, b in pairwise(certificate)),
-        )
+        ids, rows = sorted(certificate), instance.rows
+        feasible = not ids or (ids[0] > 0 and ids[-1] <= len(rows) and is_increasing([rows[i - 1][0] for i in ids]))
+        value = len(ids) if feasible else 0
+        optimal = feasible and value == self.solution(instance).value
+        return Check(feasible, value, optimal, ids == list(certificate) and (feasible or len(set(ids)) == len(ids)))
 
     def write(self, instance: Instance, ids: Sequence[int]) -> str:
-        r"""`values 3 < 9 < 12`, then `\ids{1,4,5} \answer{3}`."""
-        chosen = " < ".join(str(instance.rows[i - 1][0]) for i in ids)
+        r"""`values 3 < 9 < 12`, then `\ids{1,4,5} \answer{3}`; unknown ids have no values."""
+        chosen = " < ".join(str(instance.rows[i - 1][0]) for i in ids if 1 <= i <= instance.n)
         return f"values {chosen}\n\\ids{{{','.join(map(str, ids))}}} \\answer{{{len(ids)}}}"
 
     def features(self, instance: Instance) -> dict[str, float]:

@@ -24,11 +24,12 @@ def draw_distinct(
     seed: int,
     split: str,
     salt: tuple[Any, ...] = (),
+    wanted: Callable[[Item], bool] = lambda item: True,
 ) -> list[Item]:
     """`size` items with different keys, all of one split; a larger size begins with the same items.
 
     The number of rows is drawn first, uniformly from n, and kept while `draw(rng, rows)` is repeated until
-    the item is new and of the split. The stream depends on name, salt, n, seed and split. Raises RlError for
+    the item is new, of the split and `wanted`. The stream depends on name, salt, n, seed and split. Raises RlError for
     a bad argument, or where the split has nothing new at some number of rows.
     """
     if split not in SPLITS:
@@ -44,7 +45,7 @@ def draw_distinct(
         for _ in range(MAX_TRIES):
             item = draw(rng, rows)
             place = key(item)
-            if place not in found and split_of(name, place) == split:
+            if place not in found and split_of(name, place) == split and wanted(item):
                 found[place] = item
                 break
         else:

@@ -1,4 +1,5 @@
 import random
+import re
 import time
 
 import pytest
@@ -71,6 +72,38 @@ def test_everything_else_is_a_failure_with_a_reason(text, ids, answer):
     parsed = parse_answer(text)
     assert not parsed.ok and parsed.failure
     assert (parsed.ids, parsed.answer) == (ids, answer)
+
+
+def naive_parse(text):
+    """(ids, answer) by collecting every block in the last segment, in no hurry."""
+    tail = text.split("</think>")[-1][-20_000:]
+
+    def only(opener, block):
+        contents = [content.strip() for content in re.findall(block, tail)]
+        return contents[0] if len(set(contents)) == 1 and len(contents) == tail.count(opener) else None
+
+    listed = only("\\ids{", r"\\ids\{([0-9, ]{0,2000})\}")
+    number = only("\\answer{", r"\\answer\{ *([0-9]{1,9}) *\}")
+    items = [] if not listed else [item.strip() for item in listed.split(",")]
+    ids = None
+    if listed is not None and all(re.fullmatch(r"[0-9]{1,9}", item) for item in items):
+        ids = tuple(map(int, items)) if len(set(map(int, items))) == len(items) else None
+    return ids, None if number is None else int(number)
+
+
+def test_reading_from_the_end_finds_what_collecting_every_block_finds():
+    rng = random.Random(3)
+    blocks = [r"\ids{1,2}", r"\ids{1, 2 }", r"\ids{2,1}", r"\ids{}", r"\ids{1 2}", r"\ids{1,1}", r"\ids{x}", r"\ids{3"]
+    numbers = [r"\answer{2}", r"\answer{ 2 }", r"\answer{3}", r"\answer{}", r"\answer{2", r"\answer{12345678901}"]
+    others = ["</think>", "prose", " ", "\n", r"\frac{1}{2}", "}", "\\", ""]
+    read = 0
+    for _ in range(20_000):
+        text = "".join(rng.choice(rng.choice((blocks, numbers, others))) for _ in range(rng.randint(1, 5)))
+        parsed = parse_answer(text)
+        assert (parsed.ids, parsed.answer) == naive_parse(text), text
+        assert parsed.ok == (None not in naive_parse(text)), text
+        read += parsed.ok
+    assert read > 500
 
 
 def test_no_text_raises_and_none_is_slow():

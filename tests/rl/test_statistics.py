@@ -4,6 +4,7 @@ import statistics
 import pytest
 
 from krontune.rl import RlError, paired_difference, wilson_interval
+from krontune.rl.statistics import clustered_mean
 
 
 @pytest.mark.parametrize(
@@ -79,3 +80,44 @@ def test_the_seed_decides_the_interval():
 def test_what_is_not_paired_zeros_and_ones_is_refused(first, second):
     with pytest.raises(RlError):
         paired_difference(first, second)
+
+
+def naive_clustered(values, groups, resamples, seed):
+    """Draw groups with replacement, one by one, each with all its values."""
+    rng = random.Random(seed)
+    names = sorted(set(groups))
+    members = {name: [v for v, g in zip(values, groups, strict=True) if g == name] for name in names}
+    means = []
+    for _ in range(resamples):
+        drawn = [v for name in rng.choices(names, k=len(names)) for v in members[name]]
+        means.append(sum(drawn) / len(drawn))
+    cuts = statistics.quantiles(means, n=40, method="inclusive")
+    return cuts[0], cuts[-1]
+
+
+@pytest.mark.parametrize("count", [12, 40])
+def test_the_clustered_interval_agrees_with_drawing_groups_one_by_one(count):
+    rng = random.Random(count)
+    groups = [g for g in range(count) for _ in range(1 + g % 4)]
+    lean = [rng.random() for _ in range(count)]
+    values = [float(rng.random() < lean[g]) for g in groups]
+    value, low, high, n = clustered_mean(values, groups, resamples=4000)
+    naive_low, naive_high = naive_clustered(values, groups, 4000, 1)
+    assert value == pytest.approx(sum(values) / len(values)) and n == count
+    assert (low, high) == pytest.approx((naive_low, naive_high), abs=0.03)
+
+
+def test_samples_of_one_instance_do_not_narrow_the_interval():
+    flags = [float(i % 2) for i in range(40)]
+    _, low, high, n = clustered_mean(flags, range(40))
+    repeated = clustered_mean([flag for flag in flags for _ in range(16)], [i for i in range(40) for _ in range(16)])
+    assert n == repeated[3] == 40
+    assert repeated[1:3] == pytest.approx((low, high), abs=0.03)
+
+
+def test_a_rate_that_never_varied_still_has_an_interval():
+    assert clustered_mean([1.0] * 64, [i // 4 for i in range(64)]) == (1.0, *wilson_interval(16, 16), 16)
+    with pytest.raises(RlError):
+        clustered_mean([], [])
+    with pytest.raises(RlError):
+        clustered_mean([1.0], [1, 2])

@@ -1,0 +1,238 @@
+"""Checks before training: is the task sound, what do shortcuts earn, is there room to learn, is it leaked?"""
+
+from collections.abc import Callable, Sequence
+from math import comb
+from statistics import fmean
+from typing import Any
+
+from ..errors import RlError
+from ..statistics import clustered_mean, wilson_interval
+from ..tasks.base import CertificateTask, Check, Instance
+from ..tasks.splits import SPLITS, stream
+from .policies import scripted_policies
+from .reading import mark
+from .result import CheckResult, judge, not_run
+
+Reward = Callable[..., Sequence[Any]]
+ALL_BUT_ALL = 0.9  # a shortcut that surely earns more than this earns what the solution earns
+
+
+def soundness(task: CertificateTask, n: Sequence[int] = (5, 12), size: int = 100, seed: int = 0) -> CheckResult:
+    """Does the task keep its own promises, on `size` instances of each split?
+
+    Looked for: a solver's certificate that its own check refuses, an optimum that is not unique where the task
+    promises one, a heuristic that beats the "optimum", a worked completion that does not mark as optimal, an
+    instance that JSON changes, a symmetry that changes the optimum of its own certificate, repeated instances, a
+    key in two splits, and seeds s and s + 1 that share more than 5 % of their instances (the leak found in
+    reasoning-gym 0.1.25, where they share 499 of 500). value: faults per instance, threshold 0; any fault
+    fails. details: the faults by name with an example each.
+    """
+    low, high = n
+    faults: dict[str, list[str]] = {}
+    seen: dict[str, str] = {}
+    count = 0
+    for split in SPLITS:
+        instances = task.instances(size, (low, high), seed, split)
+        keys = [task.key(one) for one in instances]
+        count += len(instances)
+        _note(faults, "repeated instances", [key for key in keys if keys.count(key) > 1])
+        _note(faults, "a key in two splits", [key for key in keys if seen.get(key, split) != split])
+        seen.update(dict.fromkeys(keys, split))
+        for place, one in enumerate(instances):
+            for name in _faults_of(task, one, stream("soundness", seed, place)):
+                _note(faults, name, [task.key(one)])
+        neighbours = {task.key(one) for one in task.instances(size, (low, high), seed + 1, split)}
+        shared = [key for key in keys if key in neighbours]
+        if len(shared) > 0.05 * len(keys):
+            _note(faults, "seeds s and s + 1 share instances", shared)
+    total = sum(map(len, faults.values()))
+    details = {"faults": {name: {"count": len(found), "example": found[0]} for name, found in faults.items()}}
+    verdict = "fail" if faults else "pass"
+    ci = wilson_interval(min(total, count), count)
+    return CheckResult("soundness", total / count, ci, count, 0.0, verdict, details)
+
+
+def _note(faults: dict[str, list[str]], name: str, examples: list[str]) -> None:
+    if examples:
+        faults.setdefault(name, []).extend(examples)
+
+
+def _faults_of(task: CertificateTask, one: Instance, rng: Any) -> list[str]:
+    found = []
+    gold = task.solve(one)
+    checked = task.check(one, gold.certificate)
+    if not (checked.feasible and checked.optimal and checked.value == gold.value):
+        found.append("the check refuses the solver's certificate")
+    if task.options().get("unique") and not gold.unique:
+        found.append("an optimum that is not unique")
+    worked = task.mark(one, task.completion(one))
+    if not (worked.certificate_right and worked.answer_right):
+        found.append("the worked completion is not marked as right")
+    if task.instance_from_json(task.to_json(one)) != one:
+        found.append("JSON changes the instance")
+    if any(_beats(task.check(one, rule(one)), gold.value, task.fewest) for rule in task.heuristics.values()):
+        found.append("a heuristic beats the optimum")
+    for symmetry in task.symmetries.values():
+        twin, carry = symmetry(rng, one)
+        if not task.check(twin, carry(gold.certificate)).optimal:
+            found.append("a symmetry does not keep the optimum")
+    return found
+
+
+def _beats(check: Check, optimum: int, fewest: bool) -> bool:
+    return check.feasible and (check.value < optimum if fewest else check.value > optimum)
+
+
+def heuristics(
+    task: CertificateTask,
+    reward: Reward | None = None,
+    n: Sequence[int] = (5, 16),
+    size: int = 256,
+    threshold: float = 0.5,
+    seed: int = 0,
+) -> CheckResult:
+    """What shortcuts and lazy policies earn: the floor that a trained model has to clear.
+
+    Every scripted policy but the perfect ones answers `size` test instances and is paid by `reward` (the
+    certificate reward if not given; yours is called as TRL calls it, with the columns of `task.dataset`).
+    value: the mean reward of the best of them, with an interval over instances; heuristics that are optimal
+    on all these instances are the algorithm, not a shortcut, and stand in details["optimal"] instead.
+    Departure from the plain verdict: above `threshold` (0.5) it is "warn", as easy instances are no fault of
+    the reward, and "fail" where the whole interval lies above 0.9: then a shortcut earns what the solution
+    earns. details["policies"]: reward, answer and certificate accuracy of each. "patience_tails" of "lis"
+    earns 1 from a reward on the answer and little from one on the certificate.
+    """
+    from ..rewards import CertificateReward
+
+    instances = task.instances(size, tuple(n), seed, "test")
+    paid = reward if reward is not None else CertificateReward(task)
+    table: dict[str, Any] = {}
+    for name, policy in scripted_policies(task, seed).items():
+        if name in ("perfect", "noisy"):
+            continue
+        texts = list(policy(instances))
+        pay = [0.0 if value is None else float(value) for value in pay_of(paid, task, instances, texts)]
+        marks = [mark(task, one, text) for one, text in zip(instances, texts, strict=True)]
+        value, low, high, _ = clustered_mean(pay, range(size))
+        table[name] = {
+            "reward": value,
+            "ci": (low, high),
+            "answer": fmean(one.answer_right for one in marks),
+            "certificate": fmean(one.certificate_right for one in marks),
+        }
+    optimal = [name for name in task.heuristics if table[name]["certificate"] == 1.0]
+    best = max((name for name in table if name not in optimal), key=lambda name: table[name]["reward"])
+    verdict = "pass" if judge(table[best]["ci"], threshold, high_is_good=False) == "pass" else "warn"
+    if table[best]["ci"][0] > ALL_BUT_ALL:
+        verdict = "fail"
+    details = {"best": best, "optimal": optimal, "policies": table}
+    return CheckResult("heuristics", table[best]["reward"], table[best]["ci"], size, threshold, verdict, details)
+
+
+def pay_of(reward: Reward, task: CertificateTask, instances: Sequence[Instance], texts: Sequence[str]) -> list[Any]:
+    """The rewards of completions, called as TRL calls on chat rows of `task.dataset`."""
+    columns = {
+        "prompts": [[{"role": "user", "content": task.prompt(one)}] for one in instances],
+        "completions": [[{"role": "assistant", "content": text}] for text in texts],
+        "completion": [[{"role": "assistant", "content": task.completion(one)}] for one in instances],
+        "instance": [task.to_json(one) for one in instances],
+        "optimum": [task.solution(one).value for one in instances],
+        "n": [one.n for one in instances],
+    }
+    found = list(reward(**columns))
+    if len(found) != len(texts):
+        raise RlError(f"the reward gave {len(found)} values for {len(texts)} completions")
+    return found
+
+
+def headroom(right: Sequence[Sequence[Any]], group_size: int = 8, threshold: float = 0.8) -> CheckResult:
+    """The share of groups in which all samples score alike, so that GRPO learns nothing from them.
+
+    right: (N, n) of 0 and 1, n >= group_size samples of the untrained model for each of N instances. An
+    instance with c right samples gives a dead group of G with chance (C(c, G) + C(n - c, G)) / C(n, G), which
+    is unbiased. value: the mean over instances, threshold 0.8. details: `all_wrong`, `all_right` (the two
+    parts) and `solvable` (instances with at least one right sample). Raises RlError for fewer samples than G.
+    """
+    if not right or any(len(row) < group_size for row in right):
+        raise RlError(f"headroom needs instances with at least group_size={group_size} samples each")
+    wrong, solved = [], []
+    for row in right:
+        n, c = len(row), sum(map(int, row))
+        wrong.append(comb(n - c, group_size) / comb(n, group_size))
+        solved.append(comb(c, group_size) / comb(n, group_size))
+    dead = [a + b for a, b in zip(wrong, solved, strict=True)]
+    value, low, high, size = clustered_mean(dead, range(len(dead)))
+    solvable = fmean(any(row) for row in right)
+    details = {"all_wrong": fmean(wrong), "all_right": fmean(solved), "solvable": solvable, "group_size": group_size}
+    verdict = judge((low, high), threshold, high_is_good=False)
+    return CheckResult("headroom", value, (low, high), size, threshold, verdict, details)
+
+
+def contamination(
+    texts: Sequence[str],
+    train: Sequence[str] = (),
+    complete: Callable[[list[str]], Sequence[str]] | None = None,
+    fresh: Sequence[str] = (),
+    words: int = 13,
+    share: float = 0.6,
+    threshold: float = 0.1,
+) -> CheckResult:
+    """Has the model met the evaluation texts before?
+
+    With `complete` and `fresh`: the first `share` of each text is given to `complete` (greedy decoding), and
+    it is counted how often the rest comes back word for word; the same is done with `fresh` texts of the same
+    kind that cannot have been seen. value: the difference, threshold 0.1. (Wu et al., arXiv 2507.10532, find
+    54.6 % of MATH-500 completed so by Qwen2.5-Math-7B and 3.8 % by Llama-3.1-8B.) Without them: value is the
+    share of texts with a run of `words` words in common with a text of `train`, less the runs that more than
+    half of `train` has (the wording of the question). details has both where both were asked for.
+    """
+    if not texts:
+        raise RlError("contamination needs at least one evaluation text")
+    details: dict[str, Any] = {}
+    value, low, high = 0.0, 0.0, 0.0
+    if train:
+        common = _runs_of(train, words)
+        flags = [bool(_runs(text, words) & common) for text in texts]
+        value, low, high, _ = clustered_mean(list(map(float, flags)), range(len(flags)))
+        details["overlap"] = {"value": value, "ci": (low, high), "words": words}
+    if complete is not None and fresh:
+        seen, unseen = (_completed(complete, list(some), share) for some in (texts, fresh))
+        value, (low, high) = _difference(seen, unseen)
+        details["completed"] = {"texts": fmean(seen), "fresh": fmean(unseen), "share_given": share}
+    if not details:
+        return not_run("contamination", "give train texts, or complete= and fresh= texts", len(texts))
+    verdict = judge((low, high), threshold, high_is_good=False)
+    return CheckResult("contamination", value, (low, high), len(texts), threshold, verdict, details)
+
+
+def _runs(text: str, words: int) -> set[tuple[str, ...]]:
+    tokens = text.lower().split()
+    return {tuple(tokens[i : i + words]) for i in range(len(tokens) - words + 1)}
+
+
+def _runs_of(texts: Sequence[str], words: int) -> set[tuple[str, ...]]:
+    counts: dict[tuple[str, ...], int] = {}
+    for text in texts:
+        for run in _runs(text, words):
+            counts[run] = counts.get(run, 0) + 1
+    return {run for run, count in counts.items() if len(texts) < 4 or count <= len(texts) / 2}
+
+
+def _completed(complete: Any, texts: list[str], share: float) -> list[float]:
+    """1 for each text whose rest came back word for word."""
+    cuts = [max(1, round(share * len(text.split(" ")))) for text in texts]
+    heads = [" ".join(text.split(" ")[:cut]) for text, cut in zip(texts, cuts, strict=True)]
+    rests = [text.split(" ")[cut:] for text, cut in zip(texts, cuts, strict=True)]
+    said = complete(heads)
+    return [float(bool(rest) and reply.split()[: len(" ".join(rest).split())] == " ".join(rest).split())
+            for rest, reply in zip(rests, said, strict=True)]  # fmt: skip
+
+
+def _difference(first: list[float], second: list[float]) -> tuple[float, tuple[float, float]]:
+    """Difference of two independent rates with Newcombe's interval (Statistics in Medicine 17, 1998, method 10)."""
+    a, b = fmean(first), fmean(second)
+    low_a, high_a = wilson_interval(round(sum(first)), len(first))
+    low_b, high_b = wilson_interval(round(sum(second)), len(second))
+    down = ((a - low_a) ** 2 + (high_b - b) ** 2) ** 0.5
+    up = ((high_a - a) ** 2 + (b - low_b) ** 2) ** 0.5
+    return a - b, (a - b - down, a - b + up)

@@ -1,0 +1,133 @@
+"""pass@k and con@k without bias, and base against tuned on the same instances."""
+
+from collections.abc import Hashable, Sequence
+from math import comb
+from typing import Any
+
+import numpy as np
+
+from ..errors import RlError
+from ..statistics import bootstrap_interval
+from .result import CheckResult
+
+DRAWS = 200
+
+
+def pass_at_k(n: int, c: int, k: int) -> float:
+    """The chance that at least one of k samples is right, from n samples of which c were: 1 - C(n-c, k) / C(n, k).
+
+    Unbiased, where 1 - (1 - c/n)^k and the first k samples are not or waste samples. Source: Chen et al.,
+    arXiv 2107.03374, eq. 1. Raises RlError unless 0 <= c <= n and 1 <= k <= n.
+    """
+    if not (0 <= c <= n and 1 <= k <= n):
+        raise RlError(f"pass@k needs 0 <= c <= n and 1 <= k <= n, got n={n}, c={c}, k={k}")
+    return 1.0 - comb(n - c, k) / comb(n, k)
+
+
+def con_at_k(answers: Sequence[Hashable], right: Hashable, k: int, draws: int = DRAWS, seed: int = 0) -> float:
+    """The chance that the most frequent of k answers is right, k drawn without replacement from `answers`.
+
+    Ties are broken at random, that is, the right answer among m tied ones counts 1/m. (arXiv 2510.27044 breaks
+    them towards the smaller, which favours some answers.) None counts as no vote. Exact for k = 1 and for k =
+    len(answers), else the mean of `draws` draws. Raises RlError unless 1 <= k <= len(answers).
+    """
+    if not 1 <= k <= len(answers):
+        raise RlError(f"con@k needs 1 <= k <= the number of answers, got k={k} for {len(answers)}")
+    if k == 1:
+        return sum(answer == right for answer in answers) / len(answers)
+    names = list(dict.fromkeys(answer for answer in answers if answer is not None))
+    if right not in names:
+        return 0.0
+    codes = np.array([len(names) if answer is None else names.index(answer) for answer in answers])  # (n,)
+    votes = np.eye(len(names) + 1)[codes][:, :-1]  # (n, answers); a None votes for nothing
+    rng = np.random.default_rng(seed)
+    order = rng.random((1 if k == len(codes) else draws, len(codes))).argsort(axis=1)[:, :k]  # (draws, k)
+    tally = votes[order].sum(axis=1)  # (draws, answers)
+    top = tally == tally.max(axis=1, keepdims=True)
+    won = top[:, names.index(right)] & (tally.max(axis=1) > 0)
+    return float((won / top.sum(axis=1)).mean())
+
+
+def ladder(n: int) -> list[int]:
+    """1, 2, 4, ... and n."""
+    ks = [2**i for i in range(n.bit_length()) if 2**i <= n]
+    return ks if ks[-1] == n else [*ks, n]
+
+
+def pass_curve(right: Sequence[Sequence[Any]], ks: Sequence[int] | None = None) -> dict[str, Any]:
+    """pass@k over instances: {"k", "value", "low", "high", "n"}, intervals by bootstrap over instances.
+
+    right: (N, n) of 0 and 1, n samples for each of N instances. ks: 1, 2, 4, ... n if not given.
+    """
+    table, chosen = _table(right, ks)  # (N, K)
+    low, high = bootstrap_interval(table, lambda means: means)
+    ends = {"low": low.tolist(), "high": high.tolist()}
+    return {"k": chosen, "value": table.mean(axis=0).tolist(), **ends, "n": len(table)}
+
+
+def base_vs_tuned(
+    base: Sequence[Sequence[Any]], tuned: Sequence[Sequence[Any]], ks: Sequence[int] | None = None
+) -> CheckResult:
+    """pass@k of the tuned model against the base on the same instances, and the k where the base overtakes.
+
+    base, tuned: (N, n) of 0 and 1, the same N instances in the same order. value: tuned minus base at k = 1,
+    threshold 0, by a paired bootstrap over instances. details: both curves, the difference at each k with its
+    interval, `crossing`: the smallest k from which the base is ahead (None: never), with `crossing_share`, the
+    share of bootstrap resamples in which there is one. Departure from the plain verdict: a pass becomes "warn" where
+    the base is surely ahead at the largest k, that is, where training has narrowed what the model can find.
+    (Yue et al., arXiv 2504.13837, report that; Wen et al., 2506.14245, and ProRL, 2505.24864, find otherwise:
+    look at your curve.) Raises RlError for shapes that do not match.
+    """
+    first, chosen = _table(base, ks)  # (N, K)
+    second, _ = _table(tuned, chosen)
+    if len(first) != len(second):
+        raise RlError(f"base and tuned need the same instances, got {len(first)} and {len(second)}")
+    change = second - first  # (N, K)
+    low, high = bootstrap_interval(change, lambda means: means)
+    means = change.mean(axis=0)
+    verdict = "pass" if low[0] > 0 else "fail" if high[0] <= 0 else "warn"
+    if verdict == "pass" and high[-1] < 0:
+        verdict = "warn"
+    details = {
+        "k": chosen,
+        "base": pass_curve(base, chosen),
+        "tuned": pass_curve(tuned, chosen),
+        "difference": {"value": means.tolist(), "low": low.tolist(), "high": high.tolist()},
+        "crossing": _crossing(means, chosen),
+        "crossing_share": _crossing_share(change),
+    }
+    return CheckResult(
+        "base_vs_tuned", float(means[0]), (float(low[0]), float(high[0])), len(first), 0.0, verdict, details
+    )
+
+
+def _table(right: Sequence[Sequence[Any]], ks: Sequence[int] | None) -> tuple[np.ndarray, list[int]]:
+    """(N, K): pass@k of each instance, and the ks."""
+    try:
+        array = np.asarray(right, dtype=np.int64)
+    except ValueError:
+        array = np.zeros((0, 0), dtype=np.int64)
+    if array.ndim != 2 or not array.size or not np.isin(array, (0, 1)).all():
+        raise RlError("right must be a table (instances, samples) of 0 and 1, with as many samples for each instance")
+    n = int(array.shape[-1])
+    chosen = list(ks) if ks is not None else ladder(n)
+    lookup = np.array([[pass_at_k(n, c, k) for k in chosen] for c in range(n + 1)])  # (n + 1, K)
+    return lookup[array.sum(axis=1)], chosen
+
+
+def _crossing(difference: np.ndarray, ks: list[int]) -> int | None:
+    """The smallest k from which on the difference stays negative."""
+    ahead = None
+    for place in reversed(range(len(ks))):
+        if difference[place] >= 0:
+            break
+        ahead = ks[place]
+    return ahead
+
+
+def _crossing_share(change: np.ndarray, resamples: int = 2000, seed: int = 0) -> float:
+    """The share of resamples in which the base is ahead at the largest k and not at the smallest."""
+    n = len(change)
+    weights = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=resamples)  # (resamples, N)
+    means = weights @ change[:, [0, -1]] / n
+    return float(((means[:, 0] >= 0) & (means[:, 1] < 0)).mean())

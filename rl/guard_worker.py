@@ -1,0 +1,173 @@
+"""The child side of `krontune.rl.guard`: a keeper that loads the reward once, and the children it forks.
+
+Nothing here or in what it imports may import torch: the start of a worker is what this costs.
+"""
+
+import asyncio
+import inspect
+import io
+import json
+import os
+import pickle
+import resource
+import runpy
+import select
+import signal
+import socket
+import struct
+import sys
+from collections.abc import Callable
+from typing import Any
+
+_LENGTH = struct.Struct("!Q")
+_MESSAGE_CHARS = 500
+_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of Linux
+
+
+def write_message(channel: socket.socket, payload: bytes) -> None:
+    """Sends one length-prefixed message."""
+    channel.sendall(_LENGTH.pack(len(payload)) + payload)
+
+
+def read_message(channel: socket.socket) -> bytes | None:
+    """The next message, or None where the other side has closed."""
+    head = _read(channel, _LENGTH.size)
+    return None if head is None else _read(channel, _LENGTH.unpack(head)[0])
+
+
+def _read(channel: socket.socket, size: int) -> bytes | None:
+    parts = []
+    while size:
+        part = channel.recv(min(size, 1 << 20))
+        if not part:
+            return None
+        parts.append(part)
+        size -= len(part)
+    return b"".join(parts)
+
+
+def keep(descriptor: int) -> None:
+    """The keeper: loads the reward, then forks a child for every channel it is sent, killing the one before.
+
+    It ends, and its child with it, when the trainer closes the control channel or is gone.
+    """
+    control = socket.socket(fileno=descriptor)
+    trainer = os.getppid()
+    pickled, script, memory_mb = pickle.loads(read_message(control) or b"")
+    try:
+        reward = _Loader(io.BytesIO(pickled), script).load()
+    except BaseException as error:
+        write_message(control, f"{type(error).__name__}: {error}"[:_MESSAGE_CHARS].encode())
+        return
+    write_message(control, b"ready")
+    child = 0
+    try:
+        while os.getppid() == trainer:
+            if not select.select([control], [], [], 1.0)[0]:
+                continue
+            told, descriptors, _, _ = socket.recv_fds(control, 1, 1)
+            if child:
+                child = _kill(child)
+            if not told:
+                return
+            child = _fork(reward, control, descriptors[0], memory_mb)
+    finally:
+        if child:
+            _kill(child)
+
+
+def _fork(reward: Callable[..., Any], control: socket.socket, descriptor: int, memory_mb: int) -> int:
+    keeper = os.getpid()
+    child = os.fork()
+    if child:
+        os.close(descriptor)
+        return child
+    try:
+        os.setsid()  # so that what the reward starts is killed with it
+        _die_with(keeper)
+        control.close()
+        limit_memory(memory_mb)
+        serve(reward, socket.socket(fileno=descriptor))
+    finally:
+        os._exit(0)
+
+
+def _kill(child: int) -> int:
+    for kill in (os.killpg, os.kill):  # the group does not exist yet in a child that has only just been forked
+        try:
+            kill(child, signal.SIGKILL)
+        except (ProcessLookupError, PermissionError):
+            continue
+    os.waitpid(child, 0)
+    return 0
+
+
+def _die_with(keeper: int) -> None:
+    if sys.platform == "linux":
+        import ctypes
+
+        ctypes.CDLL(None).prctl(_DEATH_SIGNAL, signal.SIGKILL)
+        if os.getppid() != keeper:
+            os._exit(0)
+
+
+def limit_memory(memory_mb: int) -> None:
+    """Caps the address space at what is mapped now and `memory_mb` more (Linux; elsewhere nothing is capped)."""
+    if sys.platform == "linux":
+        with open("/proc/self/statm") as statm:
+            mapped = int(statm.read().split()[0]) * resource.getpagesize()
+        limit = mapped + memory_mb * 2**20
+        hard = resource.getrlimit(resource.RLIMIT_AS)[1]
+        limit = limit if hard == resource.RLIM_INFINITY else min(limit, hard)
+        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+
+
+def serve(reward: Callable[..., Any], channel: socket.socket) -> None:
+    """Scores chunk after chunk and answers item by item, until the channel closes."""
+    while (message := read_message(channel)) is not None:
+        items, shared, wants = pickle.loads(message)
+        for item in items:
+            write_message(channel, json.dumps(_score(reward, item, shared, wants)).encode())
+
+
+def _score(reward: Callable[..., Any], item: dict[str, Any], shared: Any, wants: dict[str, bool]) -> dict[str, Any]:
+    metrics: list[tuple[str, float]] = []
+    extra: dict[str, Any] = {}
+    logs: dict[str, Any] = {}
+    if wants["log_metric"]:
+        logs["log_metric"] = lambda name, value: metrics.append((str(name), float(value)))
+    if wants["log_extra"]:
+        logs["log_extra"] = lambda name, column: extra.update({str(name): _plain(column[0])})
+    try:
+        rewards = reward(**{name: [value] for name, value in item.items()}, **shared, **logs)
+        if inspect.iscoroutine(rewards):
+            rewards = asyncio.run(rewards)
+        if len(rewards) != 1:
+            raise ValueError(f"the reward gave {len(rewards)} values for 1 completion")
+        value = None if rewards[0] is None else float(rewards[0])
+    except BaseException as error:  # math-verify's time out, for one, is no Exception
+        message = f"{type(error).__name__}: {error}"[:_MESSAGE_CHARS]
+        return {"outcome": "exception", "error": message}
+    return {"value": value, "outcome": "scored", "metrics": metrics, "extra": extra}
+
+
+def _plain(value: Any) -> Any:
+    return value if value is None or isinstance(value, (bool, int, float, str)) else str(value)
+
+
+class _Loader(pickle.Unpickler):
+    """Unpickles the reward; runs the trainer's script, as `__mp_main__`, only where the reward comes from it."""
+
+    def __init__(self, file: io.BytesIO, script: str | None):
+        super().__init__(file)
+        self.script = script
+        self.names: dict[str, Any] | None = None
+
+    def find_class(self, module: str, name: str) -> Any:
+        if module != "__main__":
+            return super().find_class(module, name)
+        if self.script is None:
+            raise RuntimeError(f"{name} was defined in a notebook or on a prompt: put it into a module and import it")
+        if self.names is None:
+            self.names = runpy.run_path(self.script, run_name="__mp_main__")
+        return self.names[name]

@@ -1,0 +1,273 @@
+"""Checks before and during training."""
+
+import random
+import sys
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from krontune.rl import CertificateReward, RlError, checks, get_task
+from krontune.rl.checks.during import _spearman
+
+sys.path.insert(0, str(Path(__file__).parent))
+import hostile_rewards  # noqa: E402
+
+LIS = get_task("lis")
+
+
+def test_a_sound_task_passes():
+    result = checks.soundness(LIS, n=(5, 9), size=40)
+    assert (result.verdict, result.value, result.n) == ("pass", 0.0, 120)
+
+
+def _broken(**methods):
+    """The task with some of its methods replaced."""
+    return type("Broken", (type(LIS),), methods)()
+
+
+@pytest.mark.parametrize(
+    ("fault", "broken"),
+    [
+        ("the check refuses", {"check": lambda self, one, ids: replace(LIS.check(one, ids), feasible=False)}),
+        ("not unique", {"solve": lambda self, one: replace(LIS.solve(one), n_optima=2)}),
+        ("not marked as right", {"write": lambda self, one, ids: "\\ids{1} \\answer{1}"}),
+        ("JSON changes", {"to_json": lambda self, one: LIS.to_json(replace(one, generator="x"))}),
+    ],
+)
+def test_each_broken_promise_is_found_and_named(fault, broken):
+    result = checks.soundness(_broken(**broken), n=(6, 8), size=10)
+    assert result.verdict == "fail" and any(fault in name for name in result.details["faults"])
+
+
+def test_leaking_seeds_and_wrong_symmetries_are_found():
+    leaky = _broken(instances=lambda self, size, n, seed=0, split="train": LIS.instances(size, n, 0, split))
+    assert "seeds s and s + 1 share instances" in checks.soundness(leaky, n=(6, 8), size=10).details["faults"]
+    task = get_task("lis")
+    task.symmetries = {"flip": lambda rng, one: (replace(one, rows=one.rows[::-1]), tuple)}
+    task.heuristics = {"liar": task.heuristics["beam2"]}
+    assert "a symmetry does not keep the optimum" in checks.soundness(task, n=(6, 8), size=10).details["faults"]
+
+
+def test_the_floor_shows_that_a_reward_on_the_answer_pays_for_tails():
+    certificate = checks.heuristics(LIS, n=(8, 16), size=120)
+    assert certificate.verdict != "fail" and certificate.details["best"] == "beam3"
+    answer = checks.heuristics(LIS, CertificateReward(LIS, "answer"), n=(8, 16), size=120)
+    assert answer.verdict == "fail" and answer.details["best"] == "patience_tails" and answer.value == 1.0
+    assert answer.details["policies"]["patience_tails"]["certificate"] < 0.3
+
+
+@pytest.mark.parametrize("kind", ["certificate", "ids_exact"])
+def test_the_audit_passes_sound_rewards(kind):
+    result = checks.verifier(CertificateReward(LIS, kind), LIS, size=12)
+    assert result.verdict != "fail" and result.value == 0.0 and result.ci[1] < 0.02
+    assert result.details["false_negative"]["value"] == 0.0 and result.details["failures"] == {}
+
+
+@pytest.mark.parametrize("kind", ["answer", "ids_prefix"])
+def test_the_audit_fails_rewards_that_pay_near_misses(kind):
+    result = checks.verifier(CertificateReward(LIS, kind), LIS, size=12)
+    assert result.verdict == "fail" and result.value > 0.1
+    paid = {name for name, row in result.details["kinds"].items() if row["must_pay"] is False and row["paid"]}
+    assert "out of range" in paid
+
+
+def test_the_audit_tells_what_else_is_wrong_with_a_reward():
+    mean = checks.verifier(hostile_rewards.stingy, LIS, size=5)
+    assert mean.verdict == "fail" and mean.details["false_negative"]["value"] == 1.0
+    fragile = checks.verifier(hostile_rewards.fragile, LIS, size=5, item_timeout_s=0.3)
+    assert fragile.details["failures"]["exception"] >= 1 and fragile.details["failures"]["timeout"] >= 1
+    moody = checks.verifier(hostile_rewards.moody, LIS, size=5, guard=False)
+    assert moody.verdict == "fail" and moody.details["unstable"] > 0
+
+
+def test_the_shortcut_ceiling_lies_above_the_constant_and_falls_under_a_length_shift():
+    pytest.importorskip("sklearn")
+    result = checks.shortcut_ceiling(LIS, n=(5, 12), train=400, test=150)
+    assert result.verdict == "warn" and result.details["constant"] < result.value < 0.95
+    assert result.details["length_shift"]["value"] < result.value - 0.2
+
+
+def naive_dead(row, group, draws=20_000):
+    rng = random.Random(0)
+    return sum(len(set(rng.sample(row, group))) == 1 for _ in range(draws)) / draws
+
+
+def test_headroom_is_the_chance_of_a_group_without_variance():
+    row = [1] * 3 + [0] * 13
+    assert checks.headroom([row], 8).value == pytest.approx(naive_dead(row, 8), abs=0.02)
+    assert checks.headroom([[0] * 8] * 60, 8).verdict == "fail"
+    alive = checks.headroom([[0, 1] * 8] * 60, 8)
+    assert alive.verdict == "pass" and alive.details["solvable"] == 1.0
+    with pytest.raises(RlError, match="group_size"):
+        checks.headroom([[1, 0]], 8)
+
+
+def test_contamination_by_overlap_ignores_the_wording_of_the_question():
+    def texts(start):
+        opening = "Choose the most rows whose values strictly increase."
+        return [f"{opening} {' '.join(map(str, range(i, i + 20)))}" for i in start]
+
+    train = texts(range(0, 4000, 40))
+    assert checks.contamination(texts(range(10_000, 13_000, 40)), train).verdict == "pass"
+    leaked = checks.contamination(train[:20] + texts(range(10_000, 10_200, 40)), train)
+    assert leaked.verdict == "fail" and leaked.value == pytest.approx(0.8)
+
+
+def test_contamination_by_completion_needs_the_fresh_control():
+    seen = [f"the {i} th known question has the answer {i * i} exactly" for i in range(40)]
+    fresh = [f"the {i} th fresh question has the answer {i * i} exactly" for i in range(40)]
+    known = {text[:14]: text for text in seen}
+
+    def parrot(heads):
+        return [known.get(head[:14], head + " x")[len(head) :] if "known" in head else "no idea" for head in heads]
+
+    assert checks.contamination(seen, complete=parrot, fresh=fresh).verdict == "fail"
+    clean = checks.contamination(seen, complete=lambda heads: ["no idea"] * len(heads), fresh=fresh)
+    assert clean.value == 0.0 and clean.verdict != "fail"
+    assert checks.contamination(seen).verdict == "not run"
+
+
+def test_the_triplet_exposes_right_counts_with_wrong_rows():
+    instances = LIS.instances(120, (8, 14), split="test")
+    policies = checks.scripted_policies(LIS)
+    tails = checks.triplet(LIS, instances, policies["patience_tails"](instances), split=["a", "b"] * 60)
+    assert tails.verdict == "fail" and tails.value > 0.6
+    assert tails.details["all"]["answer"]["value"] == tails.details["all"]["self_agreement"]["value"] == 1.0
+    assert set(tails.details["by_split"]) == {"a", "b"} and set(tails.details["by_n"]) <= {str(n) for n in range(8, 15)}
+    assert checks.triplet(LIS, instances, policies["perfect"](instances)).verdict == "pass"
+    assert checks.triplet(LIS, instances, [None] * 120).verdict == "not run"
+
+
+def test_heuristic_agreement_names_the_heuristic():
+    instances = LIS.instances(100, (10, 16), split="test")
+    policies = checks.scripted_policies(LIS)
+    beam = checks.heuristic_agreement(LIS, instances, policies["beam3"](instances))
+    assert (beam.verdict, beam.details["heuristic"], beam.value) == ("fail", "beam3", 1.0)
+    assert checks.heuristic_agreement(LIS, instances, policies["perfect"](instances)).value == -1.0
+
+
+def test_monitored_pays_alike_and_logs_each_sample_by_split_and_size():
+    instances = LIS.instances(6, (5, 6), split="test")
+    columns = {
+        "completions": [LIS.completion(one) for one in instances],
+        "instance": [LIS.to_json(one) for one in instances],
+        "split": ["iid", "ood"] * 3,
+    }
+    logged = []
+    reward = checks.Monitored(CertificateReward(LIS), LIS)
+    assert reward(**columns, log_metric=lambda name, value: logged.append((name, value))) == [1.0] * 6
+    assert reward.__name__ == "lis_certificate" and [v for n, v in logged if n == "lis/iid/optimal"] == [1.0] * 3
+    assert {n for n, _ in logged if n.startswith("lis/n")} >= {f"lis/n{one.n}/gap" for one in instances}
+
+
+def _logs(entropy, **extra):
+    return [{"step": i, "entropy": value, "reward": 0.5, **extra} for i, value in enumerate(entropy)]
+
+
+def test_collapse_sees_a_fall_that_lasts_and_not_a_dip():
+    steady = [5.0, 4.5, 5.5, 5.0, 5.0, 4.0, 4.5, 4.0, 4.5]
+    assert checks.collapse(_logs(steady)).verdict == "pass"
+    assert checks.collapse(_logs([*steady, 0.5, 4.5, 0.5, 4.5])).verdict == "pass"
+    assert checks.collapse(_logs([*steady, 1.2, 1.2, 1.2])).verdict == "fail"
+    assert checks.collapse(_logs([*steady, 0.5, 0.5, 0.5, 4.5, 4.5, 4.5])).verdict == "warn"
+    assert checks.collapse(_logs(steady, frac_reward_zero_std=1.0)).verdict == "warn"
+    assert checks.collapse(_logs(steady[:4])).verdict == "not run"
+
+
+def test_divergence_sees_the_reward_rise_without_the_strict_measure():
+    def logs(strict):
+        return [{"reward": i / 10, "strict": value} for i, value in enumerate(strict)]
+
+    assert checks.divergence(logs([i / 20 for i in range(10)]), "strict").verdict == "pass"
+    assert checks.divergence(logs([0.5] * 10), "strict").verdict == "warn"
+    assert checks.divergence(logs([1 - i / 20 for i in range(10)]), "strict").verdict == "fail"
+    assert checks.divergence(logs([0.5] * 3), "strict").verdict == "not run"
+
+
+def test_rank_correlation_agrees_with_scipy():
+    stats = pytest.importorskip("scipy.stats")
+    rng = random.Random(1)
+    for _ in range(20):
+        x, y = ([rng.randint(0, 5) for _ in range(12)] for _ in range(2))
+        assert _spearman(x, y) == pytest.approx(stats.spearmanr(x, y).statistic)
+
+
+def test_verifier_health_counts_every_failure():
+    assert checks.verifier_health({"scored": 2000}).verdict == "pass"
+    sick = checks.verifier_health({"scored": 900, "timeout": 60, "crash": 40})
+    assert sick.verdict == "fail" and sick.value == 0.1
+    assert checks.verifier_health({}).verdict == "not run"
+
+
+def _control():
+    return SimpleNamespace(should_training_stop=False)
+
+
+def test_a_first_batch_without_any_reward_stops_the_run_plainly():
+    state, control = SimpleNamespace(global_step=1), _control()
+    alarms = checks.Alarms()
+    alarms.on_log(None, state, control, {"loss": 0.0})
+    alarms.on_log(None, state, control, {"reward": 0.0, "reward_std": 0.0})
+    assert control.should_training_stop and "every reward" in alarms.stopped and alarms.result().verdict == "fail"
+
+    for first in ({"reward": 0.0, "reward_std": 0.4}, {"reward": 0.1, "reward_std": 0.0}):
+        alarms, control = checks.Alarms(), _control()
+        alarms.on_log(None, state, control, first)
+        alarms.on_log(None, state, control, {"reward": 0.0, "reward_std": 0.0})
+        assert not control.should_training_stop and alarms.result().verdict == "pass"
+
+
+def test_a_collapse_warns_once_or_stops(caplog):
+    for stop in (False, True):
+        alarms, control = checks.Alarms(stop_on_collapse=stop), _control()
+        caplog.clear()
+        for entry in _logs([1.0] * 8 + [0.1] * 5):
+            alarms.on_log(None, SimpleNamespace(global_step=entry["step"]), control, entry)
+        assert control.should_training_stop is stop and len(caplog.records) == 1 and "entropy" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["activity", "activity_weighted", "countdown", "knapsack"])
+def test_every_task_of_ours_is_sound_and_its_certificate_reward_pays_no_near_miss(name):
+    task, n = get_task(name), (4, 5) if name == "countdown" else (6, 9)
+    assert checks.soundness(task, n=n, size=12).details["faults"] == {}
+    audit = checks.verifier(CertificateReward(task), task, n=n, size=6)
+    assert (audit.verdict, audit.value, audit.details["false_negative"]["value"]) == ("pass", 0.0, 0.0)
+
+
+def test_a_guarded_reward_and_the_alarms_work_inside_trl(tmp_path):
+    import torch
+    from datasets import Dataset
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from trl import GRPOConfig, GRPOTrainer
+
+    from krontune.rl.guard import Guarded
+
+    tokenizer = _letters(PreTrainedTokenizerFast)
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **sizes, pad_token_id=0, eos_token_id=1))
+    rows = [{"prompt": "abc", "instance": LIS.to_json(one), "split": "iid"} for one in LIS.instances(8, (5, 6))]
+    guarded, alarms = Guarded(CertificateReward(LIS), workers=1), checks.Alarms()
+    args = GRPOConfig(
+        output_dir=str(tmp_path), max_steps=5, per_device_train_batch_size=4, num_generations=4, logging_steps=1,
+        max_completion_length=6, report_to=[], use_cpu=True, save_strategy="no", disable_tqdm=True, bf16=False,
+    )  # fmt: skip
+    reward = checks.Monitored(guarded, LIS)
+    trainer = GRPOTrainer(model, reward, args, Dataset.from_list(rows), processing_class=tokenizer, callbacks=[alarms])
+    trainer.train()
+    guarded.close()
+    assert trainer.state.global_step == 1 and "every reward" in alarms.stopped
+    assert guarded.counts["scored"] == 4 and alarms.logs[0]["guard/failed"] == 0.0
+    assert alarms.logs[0]["lis/iid/parse_failure"] == 1.0
+
+
+def _letters(kind):
+    """A tokenizer of single letters."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    words = ["<pad>", "<eos>", "<unk>", *"abcdefghij"]
+    made = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    made.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    return kind(tokenizer_object=made, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>")

@@ -1,0 +1,258 @@
+import importlib.util
+import math
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from krontune.rl import CertificateReward, RlError, get_task
+from krontune.rl.guard import Guarded
+
+HERE = Path(__file__).parent
+
+
+def _rewards():
+    """The module under a plain name, so that a child process can import it too."""
+    sys.path.insert(0, str(HERE))
+    import hostile_rewards
+
+    return hostile_rewards
+
+
+hostile = _rewards()
+
+
+@pytest.fixture
+def guard():
+    made = []
+
+    def make(reward=hostile.obey, **options):
+        made.append(Guarded(reward, **options))
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.close()
+
+
+def test_it_pays_what_the_reward_pays(guard):
+    task = get_task("lis")
+    items = task.instances(60, (4, 9))
+    texts = [task.completion(item) if i % 3 else "no idea" for i, item in enumerate(items)]
+    columns = {"completions": texts, "instance": [task.to_json(item) for item in items]}
+    reward = CertificateReward(task)
+    assert guard(reward)(**columns) == reward(**columns) and sum(reward(**columns)) == 40
+
+
+def test_512_hostile_completions_end_inside_the_batch_deadline_and_take_nothing_from_the_honest(guard):
+    quick = ["exit", "raise", "kill", "recurse", "exit", "memory"]
+    kinds = [*quick, "loop", "good", *quick, "tower", "good", *quick, "fork", "good", *quick, "raise", "good"]
+    texts = kinds * 16
+    one = guard(item_timeout_s=1.0, batch_timeout_s=6.0)
+    start = time.monotonic()
+    rewards = one(completions=texts)
+    assert len(texts) == 512 and time.monotonic() - start < 6.0 + 1.0  # and the start of the workers
+    assert [reward for reward, text in zip(rewards, texts, strict=True) if text == "good"] == [1.0] * 64
+    assert all(reward is None for reward, text in zip(rewards, texts, strict=True) if text != "good")
+    assert sum(one.counts.values()) == 512 and one.counts["scored"] == 64
+    assert one.counts["crash"] == 16 * 12 and one.counts["exception"] == 16 * 13 and one.counts["timeout"] == 48
+
+
+@pytest.mark.parametrize(
+    ("said", "outcome"),
+    [("exit", "crash"), ("kill", "crash"), ("raise", "exception"), ("leave", "exception"), ("loop", "timeout"),
+     ("memory", "exception"), ("recurse", "exception"), ("many", "exception"), ("nothing", "scored")],
+)  # fmt: skip
+def test_each_failure_is_none_and_is_counted_by_its_name(guard, said, outcome):
+    one = guard(item_timeout_s=0.4, workers=1)
+    assert one(completions=["good", said, "good"]) == [1.0, None, 1.0]
+    assert one.counts == {"scored": 2, outcome: 1} or (outcome == "scored" and one.counts == {"scored": 3})
+    assert (one.last_error == "") == (outcome == "scored")
+
+
+def test_failed_and_overlong_items_get_the_number_asked_for(guard):
+    one = guard(max_chars=10, failed=-1.0, workers=1)
+    chat = [{"role": "assistant", "content": "x" * 11}]
+    assert one(completions=["good", "x" * 11, "raise", chat]) == [1.0, -1.0, -1.0, -1.0]
+    assert one.counts == {"scored": 1, "too_long": 2, "exception": 1}
+
+
+def test_a_slow_item_gets_its_second_chance(guard):
+    one = guard(item_timeout_s=2.0, batch_timeout_s=6.0, workers=2)
+    texts = ["nap", *["good"] * 60]  # the fair share is 0.1 s, the nap takes 0.3 s: the third round has 0.4 s
+    assert one(completions=texts) == [1.0] * 61
+
+
+def test_a_new_child_comes_in_less_than_half_a_second_and_has_no_torch(guard):
+    one = guard(hostile.has_torch, workers=1)
+    assert one(completions=["x"]) == [0.0]
+    start = time.monotonic()
+    one._pool[0].renew()
+    assert one(completions=["x"]) == [0.0]
+    assert time.monotonic() - start < 0.5
+
+
+def test_a_killed_keeper_is_replaced(guard):
+    one = guard(workers=1)
+    assert one(completions=["good"]) == [1.0]
+    os.kill(one._pool[0].process.pid, signal.SIGKILL)
+    time.sleep(0.2)
+    one(completions=["good"])
+    assert one(completions=["good"]) == [1.0]
+
+
+def test_it_works_from_any_thread_and_several_at_once(guard):
+    one = guard(item_timeout_s=0.3, batch_timeout_s=5.0)
+    found = {}
+    threads = [
+        threading.Thread(target=lambda i=i: found.update({i: one(completions=["good", "tower"])})) for i in range(3)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == {i: [1.0, None] for i in range(3)}
+
+
+def test_columns_logs_and_state_pass_through(guard):
+    class State:
+        global_step, log_history = 7, [{}] * 3
+
+        def __init__(self):
+            self.global_step, self.log_history = 7, [{}]
+
+    extra, metrics = {}, []
+    rewards = guard(hostile.told, workers=1)(
+        prompts=["a", "b"],
+        completions=["x", "y"],
+        optimum=[3, 4],
+        options={"base": 10},
+        trainer_state=State(),
+        log_extra=lambda name, column: extra.update({name: column}),
+        log_metric=lambda name, value: metrics.append((name, value)),
+    )
+    assert rewards == [13.0, 14.0]
+    assert extra == {"seen": ["a/3/10", "b/4/10"], "guard": ["scored", "scored"]}
+    assert metrics == [("step", 7.0), ("guard/failed", 0.0)] * 2
+
+
+def test_asynchronous_rewards_are_awaited(guard):
+    assert guard(hostile.patient, workers=1)(completions=["x"]) == [2.5]
+
+
+def test_it_pickles_with_its_options_and_starts_its_own_workers(guard):
+    one = guard(item_timeout_s=0.7, workers=1)
+    one(completions=["good"])
+    copy = pickle.loads(pickle.dumps(one))
+    assert (copy.__name__, copy.item_timeout_s, copy._pool) == ("obey", 0.7, [])
+    assert copy(completions=["good"]) == [1.0]
+    copy.close()
+
+
+def test_what_cannot_be_guarded_is_refused_with_the_reason(guard):
+    with pytest.raises(RlError, match="top level of a module"):
+        guard(lambda completions: [1.0])(completions=["x"])
+    with pytest.raises(RlError, match="item_timeout_s"):
+        guard(item_timeout_s=0)
+    with pytest.raises(RlError, match="workers"):
+        guard(workers=1.5)
+    with pytest.raises(RlError, match="function"):
+        guard("lis")
+    with pytest.raises(RlError, match="needs completions"):
+        guard()()
+
+
+SCRIPT = """
+import sys
+from krontune.rl.guard import Guarded
+
+def mine(completions, **columns):
+    return [float(len(text)) for text in completions]
+
+if __name__ == "__main__":
+    guard = Guarded(mine, workers=2)
+    print(guard(completions=["ab", "abc"]), [worker.process.pid for worker in guard._pool], flush=True)
+    if len(sys.argv) > 1:
+        import os, time
+        sys.path.insert(0, sys.argv[1])
+        import hostile_rewards
+        hostile = Guarded(hostile_rewards.obey, item_timeout_s=60, batch_timeout_s=120)
+        hostile(completions=["good"])
+        bystander = os.fork()  # as a loader of data would be: it inherits every channel and outlives the trainer
+        if not bystander:
+            time.sleep(60)
+            os._exit(0)
+        print(bystander, flush=True)
+        hostile(completions=["fork"])
+"""
+
+
+def _alive(group_or_pid: int) -> bool:
+    try:
+        os.kill(group_or_pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def _descendants(pid: int) -> list[int]:
+    found = []
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+        except (OSError, ValueError):
+            continue
+        if parent == pid:
+            found += [int(entry.name), *_descendants(int(entry.name))]
+    return found
+
+
+def _gone(pids: list[int], seconds: float = 5.0) -> bool:
+    end = time.monotonic() + seconds
+    while any(map(_alive, pids)) and time.monotonic() < end:
+        time.sleep(0.05)
+    return not any(map(_alive, pids))
+
+
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="reads /proc")
+@pytest.mark.parametrize("how", ["ends", "is killed"])
+def test_nothing_is_left_when_the_trainer(tmp_path, how):
+    script = tmp_path / "train.py"
+    script.write_text(SCRIPT)
+    extra = [] if how == "ends" else [str(HERE)]
+    trainer = subprocess.Popen([sys.executable, str(script), *extra], stdout=subprocess.PIPE, text=True)
+    line = trainer.stdout.readline()
+    assert line.startswith("[2.0, 3.0]")  # a reward from the script itself
+    keepers = [int(pid) for pid in line.partition("] [")[2].strip("]\n ").split(",")]
+    if how == "ends":
+        trainer.wait(10)
+        assert _gone(keepers)
+        return
+    bystander = int(trainer.stdout.readline())
+    time.sleep(1.0)  # the reward has forked by now
+    family = [pid for pid in _descendants(trainer.pid) if pid != bystander]
+    assert len(family) >= 7  # four keepers, their children, and what the reward forked
+    os.kill(trainer.pid, signal.SIGKILL)
+    trainer.wait()
+    gone = _gone(family)
+    os.kill(bystander, signal.SIGKILL)
+    assert gone
+
+
+@pytest.mark.skipif(importlib.util.find_spec("math_verify") is None, reason="needs math-verify")
+def test_math_verify_cannot_freeze_it(guard):
+    pytest.importorskip("latex2sympy2_extended")
+    from trl.rewards import accuracy_reward
+
+    one = guard(accuracy_reward, item_timeout_s=1.0, workers=1)
+    chats = [[{"role": "assistant", "content": text}] for text in (r"\boxed{9^{9^{9^{9}}}}", r"\boxed{3}")]
+    start = time.monotonic()
+    rewards = one(completions=chats, solution=["$3$", "$3$"])
+    assert rewards[1] == 1.0 and rewards[0] in (None, 0.0)
+    assert math.isfinite(time.monotonic() - start)

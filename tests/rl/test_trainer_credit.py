@@ -1,0 +1,391 @@
+"""Token credit and risk inside TRL: the seam that they hang on, and what they do to a training step."""
+
+import inspect
+import os
+import random
+import string
+import subprocess
+import sys
+from copy import deepcopy
+from pathlib import Path
+
+import pytest
+import torch
+import trl
+from datasets import Dataset
+from peft import LoraConfig
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from trl import GRPOConfig, GRPOTrainer
+
+from krontune.adapters import MokaConfig, load_base
+from krontune.rl.credit import TokenCredit
+from krontune.rl.errors import RlError
+from krontune.rl.risk import Risk
+from krontune.rl.trainer import TokenCreditGRPOTrainer
+
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+torch.set_num_threads(1)
+
+# Completions of 24 tokens, most of which have an FAI within 2 to 8 tokens.
+SHORT = TokenCredit(horizon=(2, 8), window=4, credit_truncated=True)
+ADAPTERS = {
+    "lora": LoraConfig(r=4, target_modules="all-linear"),
+    "moka": MokaConfig(r=4, target_modules="all-linear"),
+}
+
+
+def tiny_model():
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=104,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        initializer_range=0.1,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
+    )
+    return LlamaForCausalLM(config)
+
+
+def tiny_tokenizer():
+    vocabulary = {token: i for i, token in enumerate(["<pad>", "<s>", "</s>", "<unk>", *string.printable])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    )
+
+
+@pytest.fixture(scope="module")
+def tiny_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tiny")
+    tiny_model().save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def letters(completions, **_):
+    return [sum(c in "aeiou" for c in text) / 10 for text in completions]
+
+
+def make(out, credit=SHORT, kind=TokenCreditGRPOTrainer, model=None, peft_config=None, reward=letters, **options):
+    defaults = {
+        "per_device_train_batch_size": 4,
+        "num_generations": 4,
+        "max_completion_length": 24,
+        "max_steps": 2,
+        "learning_rate": 1e-2,
+        "logging_steps": 1,
+        "bf16": False,
+        "use_cpu": True,
+        "gradient_checkpointing": False,
+        "report_to": "none",
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "seed": 3,
+    }
+    ours = {} if kind is GRPOTrainer else {"credit": credit, "dense_rollouts": False}
+    rest = {name: options.pop(name) for name in ("risk", "rollout_func") if name in options}
+    return kind(
+        model=model if model is not None else tiny_model(),
+        args=GRPOConfig(output_dir=str(out), **(defaults | options)),
+        train_dataset=Dataset.from_dict({"prompt": ["say a", "say bee", "c", "say d again"]}),
+        processing_class=tiny_tokenizer(),
+        reward_funcs=reward,
+        peft_config=deepcopy(peft_config),
+        **ours,
+        **rest,
+    )
+
+
+def train(trainer):
+    """Samples alike for every trainer."""
+    torch.manual_seed(0)
+    trainer.train()
+
+
+def first_batch(trainer):
+    """What one call of the overridden method returns, for rows as the data loader gives them."""
+    trainer.model.train()
+    torch.manual_seed(0)
+    rows = [{"prompt": text} for text in ("say a", "say bee") for _ in range(4)]
+    return trainer._generate_and_score_completions(rows)
+
+
+def gradient_of(trainer, batch):
+    trainer.model.zero_grad()
+    trainer.current_gradient_accumulation_steps = 1
+    trainer.compute_loss(trainer.model, dict(batch)).backward()
+    return torch.cat([p.grad.flatten() for p in trainer.model.parameters() if p.grad is not None])
+
+
+def weights(trainer):
+    return torch.cat([p.detach().flatten().clone() for p in trainer.model.parameters() if p.requires_grad])
+
+
+def logged(trainer, name):
+    return [line[name] for line in trainer.state.log_history if name in line]
+
+
+# The seam.
+
+
+def test_trl_is_the_release_that_the_seam_was_read_in():
+    assert trl.__version__.startswith("1.16."), "read GRPOTrainer again, run these tests, then widen the range"
+
+
+def test_trl_still_has_the_methods_that_are_overridden_with_these_arguments():
+    expected = {
+        "_generate_and_score_completions": ["self", "inputs"],
+        "_calculate_rewards": ["self", "inputs", "prompts", "completions", "completion_ids_list"],
+        "_save_checkpoint": ["self", "model", "trial"],
+        "_load_optimizer_and_scheduler": ["self", "checkpoint"],
+    }
+    found = {name: list(inspect.signature(vars(GRPOTrainer)[name]).parameters) for name in expected}
+    assert found == expected
+    assert "self._generate_and_score_completions(" in inspect.getsource(GRPOTrainer._prepare_inputs)
+    assert "self._calculate_rewards(" in inspect.getsource(GRPOTrainer._generate_and_score_completions)
+
+
+def test_trl_still_hands_over_a_batch_of_these_keys_and_shapes(tmp_path):
+    trainer = make(tmp_path, kind=GRPOTrainer)
+    batch = first_batch(trainer)
+    rows, length = batch["completion_ids"].shape
+    assert rows == 8 and batch["advantages"].shape == (8,)
+    assert batch["completion_mask"].shape == (8, length) and batch["prompt_ids"].shape == batch["prompt_mask"].shape
+    assert trainer.eos_token_ids == [2] and trainer.temperature == 1.0 and trainer.num_generations == 4
+    assert list(trainer._logs["advantages"])[-4:] == batch["advantages"][-4:].tolist()
+    assert "reward" in trainer._metrics["train"] and len(trainer.reward_weights) == 1
+
+
+@pytest.mark.parametrize("loss_type", ["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "vespo"])
+def test_trl_still_takes_advantages_by_token_and_credit_changes_the_gradient(loss_type, tmp_path):
+    trainer = make(tmp_path, TokenCredit(strategy="off"), loss_type=loss_type)
+    batch = first_batch(trainer)
+    plain = gradient_of(trainer, batch)
+    repeated = batch["advantages"][:, None].repeat(1, batch["completion_ids"].shape[1])
+    assert torch.equal(gradient_of(trainer, batch | {"advantages": repeated}), plain)
+    repeated[:, ::3] *= 1.5
+    changed = gradient_of(trainer, batch | {"advantages": repeated})
+    assert (changed - plain).norm() > 0.01 * plain.norm()
+
+
+def test_a_sequence_ratio_would_still_erase_credit_which_is_why_it_is_refused(tmp_path):
+    trainer = make(tmp_path, TokenCredit(strategy="off"), importance_sampling_level="sequence", loss_type="grpo")
+    batch = first_batch(trainer)
+    gamma = torch.ones_like(batch["completion_ids"], dtype=torch.float)
+    gamma[:, ::3] = 1.5
+    mask = batch["completion_mask"]
+    mean = ((gamma * mask).sum(1) / mask.sum(1))[:, None].expand_as(gamma)
+    by_token, by_mean = (
+        gradient_of(trainer, batch | {"advantages": batch["advantages"][:, None] * g}) for g in (gamma, mean)
+    )
+    assert (by_token - by_mean).norm() < 1e-5 * by_mean.norm()
+
+
+# Refusals.
+
+
+@pytest.mark.parametrize("options", [{"importance_sampling_level": "sequence"}, {"loss_type": "luspo"}])
+def test_settings_that_erase_credit_are_refused(options, tmp_path):
+    with pytest.raises(RlError, match="erased"):
+        make(tmp_path, **options)
+
+
+def test_an_entropy_quantile_is_warned_of(tmp_path):
+    with pytest.warns(UserWarning, match="top_entropy_quantile=0.2"):
+        make(tmp_path, top_entropy_quantile=0.2)
+
+
+def test_attention_that_cannot_be_read_is_refused_before_anything_is_sampled(tmp_path):
+    with pytest.raises(RlError, match="layers must be"):
+        make(tmp_path, TokenCredit(layers=(7,)))
+
+
+def test_risk_is_refused_where_rewards_are_normalised_apart_or_bundles_do_not_fit(tmp_path):
+    with pytest.raises(RlError, match="sum_then_normalize"):
+        make(tmp_path, risk=Risk(), multi_objective_aggregation="normalize_then_sum")
+    with pytest.raises(RlError, match="bundles of 2"):
+        make(tmp_path, risk=Risk(bundle=2))
+
+
+# What they do.
+
+
+def test_without_credit_and_risk_the_trainer_is_trls(tmp_path):
+    ours, theirs = make(tmp_path, TokenCredit(strategy="off")), make(tmp_path, kind=GRPOTrainer)
+    train(ours), train(theirs)
+    assert torch.equal(weights(ours), weights(theirs))
+    assert not logged(ours, "credit/gamma_mean")
+
+
+def test_advantages_become_gamma_times_trls(tmp_path):
+    plain = first_batch(make(tmp_path, TokenCredit(strategy="off")))
+    batch = first_batch(make(tmp_path, TokenCredit(strategy="anchor", horizon=(2, 8), credit_truncated=True)))
+    assert torch.equal(plain["completion_ids"], batch["completion_ids"])
+    assert batch["advantages"].shape == batch["completion_ids"].shape
+    gamma = batch["advantages"] / plain["advantages"][:, None]
+    gamma = gamma[plain["advantages"] != 0]
+    assert set(gamma.unique().round(decimals=4).tolist()) == {1.0, 1.5}
+
+
+def test_truncated_completions_keep_gamma_one_unless_asked(tmp_path):
+    trainer = make(tmp_path, TokenCredit(strategy="random", credit_truncated=False))
+    batch = first_batch(trainer)
+    cut = ~(batch["completion_ids"] == 2).any(1)
+    assert cut.any()
+    assert (batch["advantages"][cut] == batch["advantages"][cut][:, :1]).all()
+
+
+def test_evaluation_keeps_trls_advantages(tmp_path):
+    trainer = make(tmp_path)
+    trainer.model.eval()
+    rows = [{"prompt": "say a"}] * 8
+    assert trainer._generate_and_score_completions(rows)["advantages"].shape == (8,)
+
+
+@pytest.mark.parametrize("strategy", ["coupled", "random", "entropy", "uniform"])
+def test_a_run_logs_what_was_credited(strategy, tmp_path):
+    trainer = make(tmp_path, TokenCredit(strategy, horizon=(2, 8), credit_truncated=True, cosine_every=1))
+    trainer.train()
+    assert 1 < logged(trainer, "credit/gamma_mean")[0] <= 1.25
+    assert 0 < logged(trainer, "credit/share")[0] <= 1
+    cosines = logged(trainer, "credit/cosine")
+    assert cosines and all(0.5 < c <= 1 + 1e-9 for c in cosines)
+    assert bool(logged(trainer, "credit/head_turnover")) == bool(logged(trainer, "credit/fai_share"))
+    assert bool(logged(trainer, "credit/fai_share")) == (strategy == "coupled")
+
+
+def test_the_cosine_is_one_for_uniform_credit_and_leaves_training_alone(tmp_path):
+    uniform = TokenCredit(strategy="uniform", credit_truncated=True)
+    measured = make(tmp_path, TokenCredit(strategy="uniform", credit_truncated=True, cosine_every=1))
+    untouched = make(tmp_path, uniform)
+    train(measured), train(untouched)
+    assert logged(measured, "credit/cosine")[0] == pytest.approx(1, abs=1e-6)
+    assert torch.equal(weights(measured), weights(untouched))
+
+
+@pytest.mark.parametrize("adapter", ["lora", "moka"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"beta": 0.04},
+        {"num_iterations": 2, "gradient_accumulation_steps": 2, "mask_truncated_completions": True},
+        {"gradient_checkpointing": True, "gradient_accumulation_steps": 2},
+    ],
+)
+def test_adapters_train_with_credit_under_the_settings_that_change_the_loop(adapter, options, tmp_path):
+    trainer = make(tmp_path, peft_config=ADAPTERS[adapter], **options)
+    before = weights(trainer)
+    trainer.train()
+    after = weights(trainer)
+    assert torch.isfinite(after).all() and not torch.equal(before, after)
+    assert trainer._batches == 2 // options.get("num_iterations", 1)
+
+
+@pytest.mark.parametrize("adapter", ["lora", "moka"])
+def test_adapters_on_a_four_bit_base_train_with_credit(adapter, tiny_folder, tmp_path):
+    model, _ = load_base(tiny_folder, "nf4", device="cpu")
+    trainer = make(tmp_path, model=model, peft_config=ADAPTERS[adapter], bf16=True)
+    trainer.train()
+    assert all(torch.isfinite(p).all() for p in trainer.model.parameters() if p.requires_grad)
+    assert logged(trainer, "credit/share")[0] > 0
+
+
+def scripted(prompts, trainer):
+    """Completions that depend on the prompt and on nothing else, of uneven lengths, with a tool's output in each."""
+    rollout = {"prompt_ids": [], "completion_ids": [], "logprobs": None, "env_mask": []}
+    for number, prompt in enumerate(prompts):
+        draw = random.Random(f"{prompt} {number % 4}")
+        length = draw.randint(13, 24)
+        rollout["prompt_ids"].append(trainer.processing_class(prompt)["input_ids"])
+        rollout["completion_ids"].append([*(draw.randint(4, 100) for _ in range(length - 1)), 2])
+        rollout["env_mask"].append([0 if 5 <= t < 9 else 1 for t in range(length)])
+    return rollout
+
+
+def test_tool_output_is_never_credited(tmp_path):
+    credit = TokenCredit("preplan", window=4)
+    averse = first_batch(make(tmp_path, TokenCredit(strategy="off"), rollout_func=scripted))
+    batch = first_batch(make(tmp_path, credit, rollout_func=scripted))
+    gamma = (batch["advantages"] / averse["advantages"][:, None])[averse["advantages"] != 0]
+    tool = (batch["tool_mask"] == 0)[averse["advantages"] != 0]
+    assert tool[:, 5:9].all() and (gamma[tool] == 1).all() and gamma.max() == pytest.approx(1.5)
+    assert (gamma[:, 4] == 1).all()  # the last token of a turn opens nothing
+
+
+def run_of_this_process(folder, per_device):
+    """One run on the scripted completions, from the command line too: see the next test."""
+    credit = TokenCredit(horizon=(2, 8), window=4, head_refresh=2)
+    options = {"per_device_train_batch_size": per_device, "max_steps": 3, "rollout_func": scripted, "risk": Risk()}
+    trainer = make(folder, credit, peft_config=ADAPTERS["lora"], ddp_find_unused_parameters=False, **options)
+    trainer.train()
+    lines = [
+        {k: v for k, v in line.items() if k.startswith(("credit/", "risk/"))} for line in trainer.state.log_history
+    ]
+    heads = trainer.head_split.state_dict()["_heads"]
+    rank = trainer.accelerator.process_index
+    torch.save({"weights": weights(trainer), "heads": heads, "log": lines}, Path(folder) / f"{rank}.pt")
+
+
+def test_two_processes_train_as_one(tmp_path):
+    (tmp_path / "two").mkdir(), (tmp_path / "one").mkdir()
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", __file__]
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*command, str(tmp_path / "two"), "4"], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    run_of_this_process(tmp_path / "one", 8)
+    first, second, one = (torch.load(tmp_path / path) for path in ("two/0.pt", "two/1.pt", "one/0.pt"))
+    assert torch.equal(first["weights"], second["weights"]) and first["heads"] == second["heads"] == one["heads"]
+    torch.testing.assert_close(first["weights"], one["weights"], rtol=0, atol=1e-4)  # of moves of 1e-2
+    for line, same in zip(first["log"], one["log"], strict=True):
+        assert line == pytest.approx(same, abs=1e-6)
+    assert len(one["log"]) == 4 and one["log"][0]["credit/share"] > 0
+
+
+def test_risk_replaces_the_advantages_and_the_table_shows_it(tmp_path):
+    trainer = make(tmp_path, TokenCredit(strategy="off"), risk=Risk(weight=0.0), gradient_accumulation_steps=2)
+    batch = first_batch(trainer)
+    rewards = torch.tensor(trainer._logs["rewards"]["letters"])
+    centred = (rewards.view(2, 4) - rewards.view(2, 4).mean(1, keepdim=True)).view(-1)
+    torch.testing.assert_close(batch["advantages"], centred)
+    torch.testing.assert_close(torch.tensor(trainer._logs["advantages"]), centred)
+    assert trainer._metrics["train"]["risk/zero_groups"] == [0.0]
+
+
+def test_risk_at_the_mean_trains_as_trl_does_without_scaling(tmp_path):
+    ours = make(tmp_path, TokenCredit(strategy="off"), risk=Risk(alpha=1.0))
+    theirs = make(tmp_path, kind=GRPOTrainer, scale_rewards="none")
+    train(ours), train(theirs)
+    torch.testing.assert_close(weights(ours), weights(theirs), rtol=0, atol=1e-6)
+
+
+def test_risk_and_credit_compose(tmp_path):
+    averse = first_batch(
+        make(tmp_path, TokenCredit(strategy="off"), risk=Risk(bundle=2), per_device_train_batch_size=8)
+    )
+    both = first_batch(make(tmp_path, risk=Risk(bundle=2), per_device_train_batch_size=8))
+    ratio = both["advantages"] / averse["advantages"][:, None]
+    ratio = ratio[averse["advantages"] != 0]
+    assert ratio.min() == pytest.approx(1) and ratio.max() > 1.2
+
+
+def test_a_run_that_is_continued_ends_like_an_unbroken_one(tmp_path):
+    credit = TokenCredit(horizon=(2, 8), credit_truncated=True, head_refresh=2)
+    options = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "lr_scheduler_type": "constant"}
+    whole = make(tmp_path / "whole", credit, peft_config=ADAPTERS["lora"], **options)
+    whole.train()
+    continued = make(tmp_path / "new", credit, peft_config=ADAPTERS["lora"], **options)
+    continued.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
+    assert continued._batches == whole._batches == 4
+    assert continued.head_split.state_dict()["_heads"] == whole.head_split.state_dict()["_heads"]
+    torch.testing.assert_close(weights(continued), weights(whole))
+
+
+if __name__ == "__main__":
+    run_of_this_process(sys.argv[1], int(sys.argv[2]))
