@@ -1,6 +1,8 @@
 """What can be found out about a recipe before anything is trained: all faults at once."""
 
 import difflib
+import math
+import re
 import tempfile
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
@@ -8,11 +10,26 @@ from typing import Any
 
 from ..adapters.base import resolve_model
 from ..adapters.embedded import NAME
+from ..data_selection.texts import row_text
+from ..rl import CertificateReward
 from .faults import Fault
-from .rl import make_task
+from .rl import make_credit, make_risk, make_task
 from .rows import read_sources
-from .schema import Recipe, Source
+from .schema import Adapter, Recipe, Source
+from .trainer_args import given
 from .training import moka_config, trainer_arguments
+
+HUB_TIMEOUT_S = 5.0
+
+# Values that TRL's classes take, and that train nothing or end in the middle of a run.
+LEAST = {
+    "per_device_train_batch_size": 1,
+    "gradient_accumulation_steps": 1,
+    "learning_rate": 0,
+    "warmup_steps": 0,
+    "weight_decay": 0,
+    "max_grad_norm": 0,
+}
 
 # Where in the stage, and what.
 Found = Iterator[tuple[tuple[str | int, ...], str]]
@@ -20,7 +37,7 @@ Found = Iterator[tuple[tuple[str | int, ...], str]]
 
 def check(recipe: Recipe) -> list[Fault]:
     """Read the data, build the task, the adapter's and the trainers' configurations; the model is only looked up."""
-    faults = [*_model_faults(recipe)]
+    faults = [*_model_faults(recipe), *_attention_faults(recipe)]
     for number, stage in enumerate(recipe.stages):
         finder = {"select": _select_faults, "sft": _sft_faults, "rl": _rl_faults, "verify": _verify_faults}[stage.stage]
         faults += [Fault(recipe.where(("stages", number, *path)), message) for path, message in finder(recipe, stage)]
@@ -36,7 +53,36 @@ def _model_faults(recipe: Recipe) -> Iterator[Fault]:
     source = resolve_model(recipe.base.model)
     looks_like_folder = source.startswith((".", "/", "~")) or source.count("/") > 1
     if looks_like_folder and not (Path(source) / "config.json").is_file():
-        yield Fault(recipe.where(("base", "model")), f"model folder {source!r} does not exist or holds no config.json")
+        yield Fault(where, f"model folder {source!r} does not exist or holds no config.json")
+    elif not looks_like_folder and not Path(source).is_dir():
+        yield from (Fault(where, message) for message in _hub_faults(source, recipe.base.revision))
+
+
+def _hub_faults(repo: str, revision: str | None) -> Iterator[str]:
+    """A model id that the Hub does not know. Without a network nothing can be said of one, so nothing is."""
+    from huggingface_hub import HfApi, try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError, HTTPError, RepositoryNotFoundError, RevisionNotFoundError
+
+    try:
+        if not isinstance(try_to_load_from_cache(repo, "config.json", revision=revision), str):
+            HfApi().model_info(repo, revision=revision, timeout=HUB_TIMEOUT_S)
+    except HFValidationError as error:
+        yield f"{repo!r} is neither a folder nor a model id of the Hub: {' '.join(str(error).split())}"
+    except RevisionNotFoundError:
+        yield f"the Hub's model {repo!r} has no revision {revision!r}"
+    except RepositoryNotFoundError:
+        yield f"the Hub has no model {repo!r}, or your token may not see it; look at the spelling, or log in"
+    except (HTTPError, OSError):  # no network, or a Hub that does not answer
+        return
+
+
+def _attention_faults(recipe: Recipe) -> Iterator[Fault]:
+    import torch
+
+    chosen = recipe.base.attn_implementation
+    if chosen is not None and chosen.startswith("flash_attention") and not torch.accelerator.is_available():
+        where = recipe.where(("base", "attn_implementation"))
+        yield Fault(where, f"{chosen} needs a GPU, and there is none here; use sdpa or eager")
 
 
 def _select_faults(recipe: Recipe, stage: Any) -> Found:
@@ -47,7 +93,7 @@ def _select_faults(recipe: Recipe, stage: Any) -> Found:
 
 
 def _sft_faults(recipe: Recipe, stage: Any) -> Found:
-    yield from _tried(("adapter",), lambda: moka_config(stage.adapter))
+    yield from _adapter_faults(stage.adapter)
     if not isinstance(stage.data, str):
         yield from _source_faults("data", stage.data)
     yield from _trainer_faults(recipe, stage, "SFTConfig")
@@ -55,19 +101,74 @@ def _sft_faults(recipe: Recipe, stage: Any) -> Found:
 
 def _rl_faults(recipe: Recipe, stage: Any) -> Found:
     if stage.adapter is not None:
-        yield from _tried(("adapter",), lambda: moka_config(stage.adapter))
-    yield from _tried(("task",), lambda: make_task(stage.task).instances(stage.instances, stage.task.n, recipe.seed))
+        yield from _adapter_faults(stage.adapter)
+    yield from _tried(
+        ("task",),
+        lambda: make_task(stage.task).instances(
+            stage.instances, stage.task.n, recipe.seed, "train", stage.task.discriminating
+        ),
+    )
+    yield from _tried(("reward",), lambda: CertificateReward(make_task(stage.task), stage.reward))
+    yield from _tried(("credit",), lambda: make_credit(stage))
+    yield from _tried(("risk",), lambda: make_risk(stage))
+    yield from _conflicts(stage)
     yield from _trainer_faults(recipe, stage, "GRPOConfig")
+
+
+def _conflicts(stage: Any) -> Found:
+    """What is right alone and wrong together."""
+    trainer = given(stage.trainer)
+    credited = stage.credit is not None and stage.credit.strategy != "off"
+    whole = trainer.get("importance_sampling_level") == "sequence" or trainer.get("loss_type") == "luspo"
+    if credited and whole:
+        yield ("credit",), "sequence-level importance sampling erases token credit: use level token, or credit: null"
+    if stage.risk is None:
+        return
+    risk = given(stage.risk)
+    binary = stage.reward in ("certificate", "answer", "ids_exact", "format", "wrong_label", "random")
+    tail = risk.get("weight", 0.0) > 0.5 and risk.get("alpha", 0.5) < 1
+    if binary and tail and not risk.get("allow_binary"):
+        yield (
+            ("risk",),
+            (
+                f"weight {risk['weight']} with the 0/1 reward {stage.reward!r} leaves seldom solved prompts without "
+                "gradient: use at most 0.5, a graded reward, or allow_binary: true"
+            ),
+        )
 
 
 def _verify_faults(recipe: Recipe, stage: Any) -> Found:
     task = stage.task or recipe.stage("rl").task
-    yield from _tried(("task",), lambda: make_task(task).instances(stage.instances, task.n, stage.seed, "test"))
+    yield from _tried(
+        ("task",),
+        lambda: make_task(task).instances(stage.instances, task.n, stage.seed, "test", task.discriminating),
+    )
+    if "size_ladder" in stage.checks:
+        yield from _tried(("sizes",), lambda: [make_task(task).generate(stage.seed, size) for size in stage.sizes])
+
+
+def _adapter_faults(adapter: Adapter) -> Found:
+    yield from _tried(("adapter",), lambda: moka_config(adapter))
+    for key in ("target_modules", "exclude_modules"):
+        value = getattr(adapter, key)
+        if isinstance(value, str) and value != "all-linear":
+            try:
+                re.compile(value)
+            except re.error as error:
+                yield ("adapter", key), f"{value!r} is no regular expression: {error}; names are given as a list"
 
 
 def _trainer_faults(recipe: Recipe, stage: Any, config_class: str) -> Found:
     import trl
 
+    values = given(stage.trainer)
+    for key, value in values.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            yield ("trainer", key), f"{key} is {value}; give a finite number"
+        elif key in LEAST and isinstance(value, (int, float)) and value < LEAST[key]:
+            yield ("trainer", key), f"{key} is {value}; give at least {LEAST[key]}"
+    if values.get("max_steps") == 0:
+        yield ("trainer", "max_steps"), "max_steps is 0; give at least 1, or leave it out to go by num_train_epochs"
     with tempfile.TemporaryDirectory() as folder:
         try:
             getattr(trl, config_class)(**trainer_arguments(recipe, stage.trainer, Path(folder)))
@@ -78,15 +179,19 @@ def _trainer_faults(recipe: Recipe, stage: Any, config_class: str) -> Found:
 
 def _source_faults(key: str, sources: list[Source]) -> Generator[tuple[tuple[str | int, ...], str], None, int]:
     """Reads all sources of a key; returns how many rows they hold, 0 where one cannot be read."""
-    rows, readable = 0, True
+    rows, words, readable = 0, False, True
     for number, source in enumerate(sources):
         try:
-            rows += len(read_sources([source], key))
+            found = read_sources([source], key)
+            rows += len(found)
+            words = words or any(row_text(row, key).strip() for row in found)
         except (ValueError, OSError) as error:
             readable = False
             yield (key, number), str(error)
     if readable and not rows:
         yield (key,), f"{key} is empty: its sources hold no rows"
+    elif readable and not words:
+        yield (key,), f"{key} is blank: none of its {rows} rows holds a word"
     return rows if readable else 0
 
 

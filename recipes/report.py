@@ -24,7 +24,10 @@ def print_report(run: Run) -> None:
     if "rl" in stages and stages["rl"]["reward"]:
         console.print(_reward(stages["rl"]))
     if "verify" in stages:
-        console.print(_verification(verification(run.path)))
+        result = verification(run.path)
+        console.print(_verification(result))
+        if result.get("checks"):
+            console.print(_checks(result["checks"]))
     seconds = sum(stage["seconds"] for stage in stages.values())
     console.print(f"run folder: {run.path}", soft_wrap=True, highlight=False)
     if run.adapter.is_dir():
@@ -69,6 +72,21 @@ def _verification(result: dict[str, Any]) -> Table:
     table.add_section()
     for name, scores in result["heuristics"].items():
         table.add_row(f"heuristic: {name.replace('_', ' ')}", *_cells(scores))
+    return table
+
+
+def _checks(results: list[dict[str, Any]]) -> Table:
+    table = Table(title="checks: each stands for itself, see rlvr_report.json", title_justify="left")
+    table.add_column("")
+    for column in ("value", "threshold", "n", "verdict"):
+        table.add_column(column, justify="right")
+    for one in results:
+        value, interval = one["value"], one["ci"]
+        shown = "" if value is None else f"{value:.2f}"
+        if interval:
+            shown += f" [{interval[0]:.2f}, {interval[1]:.2f}]"
+        threshold = "" if one["threshold"] is None else f"{one['threshold']:.2f}"
+        table.add_row(one["name"].replace("_", " "), shown, threshold, str(one["n"]), one["verdict"])
     return table
 
 

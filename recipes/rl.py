@@ -4,17 +4,31 @@ from typing import Any
 
 from trl import GRPOConfig
 
-from ..rl import CertificateReward, CertificateTask, get_task
-from ..rl.trainer import DenseRolloutGRPOTrainer
+from ..rl import CertificateReward, CertificateTask, Risk, TokenCredit, TokenCreditGRPOTrainer, checks, get_task
 from .progress import Report
 from .rows import fingerprint
-from .run_folder import RunFolder
+from .run_folder import RunError, RunFolder
 from .schema import Recipe, Rl, Task
+from .trainer_args import given
 from .training import ADAPTER, exact_parameters, new_adapter, saved_adapter, train, trainer_arguments
 
 
 def make_task(task: Task) -> CertificateTask:
-    return get_task(task.name, values=tuple(task.values))
+    return get_task(task.name, **task.options)
+
+
+def make_credit(stage: Rl) -> TokenCredit:
+    return TokenCredit(strategy="off") if stage.credit is None else TokenCredit(**given(stage.credit))
+
+
+def make_risk(stage: Rl) -> Risk | None:
+    return None if stage.risk is None else Risk(**given(stage.risk))
+
+
+def instances_of(stage: Rl, seed: int) -> Any:
+    """The training instances, as a data set."""
+    task = make_task(stage.task)
+    return task.dataset(stage.instances, stage.task.n, seed, "train", stage.task.discriminating, stage.hints)
 
 
 def run_rl(recipe: Recipe, stage: Rl, run: RunFolder) -> None:
@@ -25,19 +39,34 @@ def run_rl(recipe: Recipe, stage: Rl, run: RunFolder) -> None:
         model, tokenizer = saved_adapter(recipe, run.path / "sft" / ADAPTER)
     else:
         model, tokenizer = new_adapter(recipe, stage.adapter)
-    dataset = task.dataset(stage.instances, stage.task.n, recipe.seed, "train")
+    dataset = instances_of(stage, recipe.seed)
     run.add_data("rl", rows=len(dataset), sha256=fingerprint({"instance": text} for text in dataset["instance"]))
+    alarms = checks.Alarms()
     with exact_parameters(model):
-        trainer = DenseRolloutGRPOTrainer(
+        trainer = TokenCreditGRPOTrainer(
             model=model,
             args=GRPOConfig(**trainer_arguments(recipe, stage.trainer, folder)),
             reward_funcs=[CertificateReward(task, stage.reward)],
+            credit=make_credit(stage),
+            risk=make_risk(stage),
             train_dataset=dataset,
             processing_class=tokenizer,
-            callbacks=[Report("rl", run, shown=("reward", f"{task.name}/certificate_accuracy"))],
+            callbacks=[Report("rl", run, shown=("reward", f"{task.name}/certificate_accuracy")), alarms],
             dense_rollouts=recipe.base.dense_generation,
         )
-    train(trainer, run, "rl", folder, tokenizer, reward=lambda: _reward_change(run))
+    train(trainer, run, "rl", folder, tokenizer, reward=lambda: _reward_after(run, alarms, folder))
+
+
+def _reward_after(run: RunFolder, alarms: checks.Alarms, folder: Any) -> dict[str, Any] | None:
+    """How the reward changed; what the checks say of its course is written beside the adapter.
+
+    Raises:
+        RunError: the training was stopped because nothing earned a reward.
+    """
+    if alarms.stopped:
+        raise RunError(f"rl: {alarms.stopped}")
+    checks.write_report([alarms.result(), checks.collapse(alarms.logs)], folder / "rlvr_report.json", {"stage": "rl"})
+    return _reward_change(run)
 
 
 def _reward_change(run: RunFolder) -> dict[str, Any] | None:

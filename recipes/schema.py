@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, PrivateAttr, Tag
 
-from .trainer_args import GrpoTrainerArgs, SftTrainerArgs
+from .trainer_args import CreditArgs, GrpoTrainerArgs, RiskArgs, SftTrainerArgs
 from .yaml12 import Document
 
 
@@ -124,12 +124,14 @@ class Sft(Section):
 
 
 class Task(Section):
-    name: Literal["lis"]
-    """lis: the longest increasing subsequence of a column of values."""
+    name: Literal["activity", "activity_weighted", "countdown", "knapsack", "lis"]
+    """What is asked, see docs/tasks.md."""
     n: Annotated[list[int], Field(min_length=2, max_length=2)]
     """Rows of an instance, from and to."""
-    values: Annotated[list[int], Field(min_length=2, max_length=2)] = [1, 99]
-    """The values are drawn from this range."""
+    options: dict[str, Any] = {}
+    """Of the task itself, e.g. {values: [1, 99]} for lis."""
+    discriminating: bool = False
+    """Only instances on which the known heuristics and the optimum disagree."""
 
 
 class Rl(Section):
@@ -137,8 +139,26 @@ class Rl(Section):
     task: Task
     instances: int = Field(default=1000, ge=1)
     """Training instances to draw, all from the train split."""
-    reward: Literal["certificate", "answer", "ids_exact", "ids_prefix", "shaped"] = "certificate"
-    """certificate: the chosen rows are feasible and optimal."""
+    hints: float = Field(default=0.0, ge=0, le=1)
+    """Share of the prompts that carry the method in one line."""
+    reward: Literal[
+        "certificate",
+        "answer",
+        "ids_exact",
+        "ids_prefix",
+        "shaped",
+        "sorted_preface",
+        "format",
+        "wrong_label",
+        "mixture",
+        "curriculum",
+        "random",
+    ] = "certificate"
+    """certificate: the chosen rows are feasible and optimal. The others: see krontune.rl.CertificateReward."""
+    credit: CreditArgs | None = None  # pyright: ignore[reportInvalidTypeForm]
+    """Any field of krontune.rl.TokenCredit; null for none."""
+    risk: RiskArgs | None = None  # pyright: ignore[reportInvalidTypeForm]
+    """Any field of krontune.rl.Risk; null maximises the mean reward."""
     adapter: Adapter | None = None
     """The adapter to begin with where no sft stage came before; else that stage's is continued."""
     trainer: GrpoTrainerArgs = GrpoTrainerArgs()  # pyright: ignore[reportInvalidTypeForm]
@@ -153,6 +173,24 @@ class Verify(Section):
     """Held-out instances, all from the test split."""
     seed: int = Field(default=0, ge=0)
     """Which held-out instances."""
+    checks: list[
+        Literal[
+            "soundness",
+            "verifier",
+            "heuristics",
+            "shortcut_ceiling",
+            "triplet",
+            "attribution",
+            "heuristic_agreement",
+            "feature_probe",
+            "process_claims",
+            "symmetry",
+            "size_ladder",
+        ]
+    ] = []
+    """Of the task and of the last model, see docs/checks.md."""
+    sizes: list[int] = Field(default=[8, 16, 32, 64], min_length=1)
+    """Rows of the instances of the size ladder."""
     max_new_tokens: int = Field(default=64, ge=1)
     batch_size: int = Field(default=64, ge=1)
 

@@ -1,4 +1,5 @@
-"""The `trainer:` sections: every field of TRL's SFTConfig and GRPOConfig, typed, without instantiating them.
+"""The sections made of dataclasses, typed, without instantiating them: `trainer:` of every field of TRL's SFTConfig
+and GRPOConfig, `credit:` and `risk:` of TokenCredit and Risk.
 
 The classes themselves cannot check a recipe: they start the accelerator, and stop at the first fault.
 Values are taken as they stand: `max_steps: true` is not 1. A whole number is fine where a number is asked for.
@@ -11,6 +12,8 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from pydantic import BaseModel, ConfigDict, Field, create_model
 from trl import GRPOConfig, SFTConfig
+
+from ..rl import Risk, TokenCredit
 
 PREPARED = "krontune tokenises the rows: a text is learned whole, of a chat or a prompt and completion only the answer"
 
@@ -41,7 +44,7 @@ def set_by_krontune(key: str) -> str | None:
     return SET_BY_KRONTUNE.get("push_to_hub" if key.startswith("hub_") else key)
 
 
-def _section(name: str, config_class: Any) -> type[BaseModel]:
+def _section(name: str, config_class: Any, doc: str) -> type[BaseModel]:
     hints = get_type_hints(config_class)
     fields: dict[str, Any] = {
         f.name: (_plain(hints[f.name]), Field(None, description=f.metadata.get("help")))
@@ -49,7 +52,7 @@ def _section(name: str, config_class: Any) -> type[BaseModel]:
         if f.init and not set_by_krontune(f.name)
     }
     config = ConfigDict(extra="forbid", frozen=True, strict=True, protected_namespaces=())
-    return create_model(name, __config__=config, __doc__=f"Any field of trl.{config_class.__name__}.", **fields)
+    return create_model(name, __config__=config, __doc__=doc, **fields)
 
 
 def _plain(hint: Any) -> Any:
@@ -59,15 +62,17 @@ def _plain(hint: Any) -> Any:
     if get_origin(hint) in (Union, types.UnionType):
         members = [_plain(member) for member in get_args(hint)]
         return Union[tuple(m for m in members if m is not None)]  # noqa: UP007 - built at run time
-    if get_origin(hint) is list:
+    if get_origin(hint) in (list, tuple):  # YAML has lists alone
         return list[_plain(get_args(hint)[0])]
     if hint in (bool, int, float, str, type(None), Any) or get_origin(hint) is not None or hint in (dict, list):
         return hint
     return None
 
 
-SftTrainerArgs = _section("SftTrainerArgs", SFTConfig)
-GrpoTrainerArgs = _section("GrpoTrainerArgs", GRPOConfig)
+SftTrainerArgs = _section("SftTrainerArgs", SFTConfig, "Any field of trl.SFTConfig.")
+GrpoTrainerArgs = _section("GrpoTrainerArgs", GRPOConfig, "Any field of trl.GRPOConfig.")
+CreditArgs = _section("CreditArgs", TokenCredit, "Any field of krontune.rl.TokenCredit.")
+RiskArgs = _section("RiskArgs", Risk, "Any field of krontune.rl.Risk.")
 
 
 def given(section: BaseModel) -> dict[str, Any]:

@@ -1,14 +1,17 @@
 """The verify stage: every model of the run on the same held-out instances, beside the known heuristics."""
 
 import json
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
 
 from ..data_selection.selection import write_atomic
-from ..rl import heuristic_table, score
+from ..rl import CertificateReward, checks, heuristic_table, score
+from ..rl.checks import CheckResult
 from ..rl.generation import generate
+from ..rl.tasks import CertificateTask, Instance
 from .progress import Progress
 from .rl import make_task
 from .rows import fingerprint
@@ -24,25 +27,33 @@ def run_verify(recipe: Recipe, stage: Verify, run: RunFolder, adapters: list[str
     folder = run.begin("verify")
     settings = stage.task or recipe.stage("rl").task
     task = make_task(settings)
-    instances = task.instances(stage.instances, settings.n, stage.seed, "test")
-    prompts = [task.prompt(instance) for instance in instances]
+    instances = task.instances(stage.instances, settings.n, stage.seed, "test", settings.discriminating)
     run.add_data("verify", rows=len(instances), sha256=fingerprint({"instance": task.to_json(i)} for i in instances))
     base, tokenizer = load_recipe_base(recipe.base)
 
-    models = {}
-    for name in ["base", *adapters]:
+    models, found = {}, []
+    names = ["base", *adapters]
+    last = [name for name in names if "-" not in name][-1]  # no control
+    for name in names:
         model = base if name == "base" else PeftModel.from_pretrained(base, str(run.path / name / ADAPTER))
-        progress = Progress(f"verify {name}", len(prompts), "answer")
-        answers = generate(
-            model,
-            tokenizer,
-            prompts,
-            max_new_tokens=stage.max_new_tokens,
-            batch_size=stage.batch_size,
-            dense=recipe.base.dense_generation,
-            on_batch=progress.update,
-        )
-        progress.close()
+
+        def answer(asked: Sequence[Instance], label: str = f"verify {name}", model: Any = model) -> list[str]:
+            progress = Progress(label, len(asked), "answer")
+            texts = generate(
+                model,
+                tokenizer,
+                [task.prompt(instance) for instance in asked],
+                max_new_tokens=stage.max_new_tokens,
+                batch_size=stage.batch_size,
+                dense=recipe.base.dense_generation,
+                on_batch=progress.update,
+            )
+            progress.close()
+            return texts
+
+        answers = answer(instances)
+        if name == last:
+            found = _checks(stage, settings.n, task, instances, answers, answer)
         if isinstance(model, PeftModel):
             model.unload()  # gives the base its own layers back
         rows = [{"instance": task.to_json(i), "answer": a} for i, a in zip(instances, answers, strict=True)]
@@ -58,8 +69,34 @@ def run_verify(recipe: Recipe, stage: Verify, run: RunFolder, adapters: list[str
         "models": models,
         "heuristics": heuristics,
     }
+    if found:
+        about = {"stage": "verify", "model": last, "task": settings.model_dump(), "instances": len(instances)}
+        result["checks"] = checks.write_report(found, folder / "rlvr_report.json", about)["checks"]
     write_atomic(folder / RESULT, json.dumps(result, indent=2).encode())
     run.finish("verify", certificate={name: value["certificate"]["value"] for name, value in models.items()})
+
+
+def _checks(
+    stage: Verify,
+    n: list[int],
+    task: CertificateTask,
+    instances: list[Instance],
+    answers: list[str],
+    answer: Callable[..., list[str]],
+) -> list[CheckResult]:
+    """The checks that the recipe asks for, in its order: of the task, of these answers, or of new ones."""
+    reward = CertificateReward(task)
+    ways: dict[str, Callable[[], CheckResult]] = {
+        "soundness": lambda: checks.soundness(task, n),
+        "verifier": lambda: checks.verifier(reward, task, n),
+        "heuristics": lambda: checks.heuristics(task, reward, n),
+        "shortcut_ceiling": lambda: checks.shortcut_ceiling(task, n),
+        "symmetry": lambda: checks.symmetry(task, instances, lambda asked: answer(asked, "check symmetry")),
+        "size_ladder": lambda: checks.size_ladder(task, lambda asked: answer(asked, "check size"), stage.sizes),
+    }
+    of_answers = ("triplet", "attribution", "heuristic_agreement", "feature_probe", "process_claims")
+    ways |= {name: lambda name=name: getattr(checks, name)(task, instances, answers) for name in of_answers}
+    return [ways[name]() for name in stage.checks]
 
 
 def verification(run_path: Path) -> dict[str, Any]:

@@ -24,6 +24,7 @@ def test_the_model_is_looked_up_and_not_loaded(small, tmp_path, monkeypatch):
         raise AssertionError("loaded")
 
     monkeypatch.setattr("krontune.recipes.training.load_base", refuse)
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", lambda *args, **kwargs: None)
     assert faults_of(small, "base.model=somebody/some-model") == []
     for folder in (str(tmp_path), "./no", "~/no-such-model"):
         small.write_text(small.read_text().replace("model: smollm2-135m", f"model: {folder}"))
@@ -33,6 +34,54 @@ def test_the_model_is_looked_up_and_not_loaded(small, tmp_path, monkeypatch):
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").write_text("{}")
     assert faults_of(small, "base.model=./model") == []
+
+
+def test_a_model_that_the_hub_does_not_have_is_a_fault_and_a_hub_out_of_reach_is_none(small, monkeypatch):
+    import httpx2
+    from huggingface_hub.errors import RepositoryNotFoundError
+
+    def hub_raises(error):
+        def model_info(*args, **kwargs):
+            raise error
+
+        monkeypatch.setattr("huggingface_hub.HfApi.model_info", model_info)
+        return faults_of(small, "base.model=somebody/some-model")
+
+    answer = httpx2.Response(404, request=httpx2.Request("GET", "https://hub.test"))
+    [fault] = hub_raises(RepositoryNotFoundError("not found", response=answer))
+    assert "the Hub has no model 'somebody/some-model'" in fault
+    for error in (httpx2.ConnectError("no network"), httpx2.ReadTimeout("slow"), OSError("offline")):
+        assert hub_raises(error) == []
+
+
+def test_a_name_that_no_hub_can_have_is_a_fault(small):
+    [fault] = faults_of(small, "base.model='some model'")
+    assert "'some model' is neither a folder nor a model id of the Hub" in fault
+
+
+def test_an_attention_that_needs_a_gpu_is_a_fault_where_there_is_none(small, monkeypatch):
+    monkeypatch.setattr("torch.accelerator.is_available", lambda: False)
+    [fault] = faults_of(small, "base.attn_implementation=flash_attention_2")
+    assert "flash_attention_2 needs a GPU" in fault
+    assert faults_of(small, "base.attn_implementation=sdpa") == []
+
+
+# ---------------------------------------------------------------- values that train nothing
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("trainer.learning_rate=.nan", "learning_rate is nan; give a finite number"),
+        ("trainer.learning_rate=.inf", "learning_rate is inf; give a finite number"),
+        ("trainer.learning_rate=-1e-3", "learning_rate is -0.001; give at least 0"),
+        ("trainer.max_steps=0", "max_steps is 0; give at least 1"),
+        ("trainer.per_device_train_batch_size=0", "per_device_train_batch_size is 0; give at least 1"),
+        ("adapter.target_modules='(q_proj'", "'(q_proj' is no regular expression"),
+    ],
+)
+def test_values_that_train_nothing_or_break_the_run_are_faults(small, override, message):
+    assert any(message in fault for fault in faults_of(small, f"stages.sft.{override}"))
 
 
 # ---------------------------------------------------------------- data
@@ -45,7 +94,7 @@ def test_every_broken_source_is_found_at_once_with_its_place_its_file_and_its_li
     broken, gone, kind = faults_of(small)
     assert broken.startswith("r:5:23: broken.jsonl:2: not JSON")
     assert gone.startswith("r:5:37: raw: there is no file 'gone.txt'")
-    assert kind.startswith("r:6:5: target: 'target.csv' does not end in one of .jsonl, .parquet, .txt")
+    assert kind.startswith("r:6:5: target: 'target.csv' does not end in one of .jsonl")
 
 
 @pytest.mark.parametrize("key", ["raw", "target"])
@@ -54,6 +103,13 @@ def test_an_empty_file_is_a_fault(small, tmp_path, key):
     override = f"stages.select.{key}=empty.jsonl"
     assert faults_of(small, override) == [f"override {override!r}: {key} is empty: its sources hold no rows"]
     assert faults_of(small, f"stages.select.{key}=[empty.jsonl, pool.jsonl]") == []
+
+
+@pytest.mark.parametrize("key", ["raw", "target"])
+def test_a_file_of_blank_texts_is_a_fault(small, tmp_path, key):
+    (tmp_path / "blank.jsonl").write_text('{"text": "  "}\n' * 4)
+    [fault] = faults_of(small, f"stages.select.{key}=blank.jsonl")
+    assert f"{key} is blank: none of its 4 rows holds a word" in fault
 
 
 def test_more_picks_than_the_pool_has_rows_are_a_fault(small):
@@ -86,7 +142,7 @@ def test_puzzles_that_cannot_be_made_are_a_fault(small):
     ("override", "place", "fault"),
     [
         ("stages.rl.task.n=[5, 3]", "r:11:5", "n must be a number of rows"),
-        ("stages.rl.task.values=[9, 1]", "r:11:5", "values must be an inclusive range"),
+        ("stages.rl.task.options={values: [9, 1]}", "r:11:5", "values must be an inclusive range"),
         ("stages.rl.instances=100", "r:11:5", "nothing new in split 'train'"),
         ("stages.verify.task={name: lis, n: [1, 3]}", "override", "n must be a number of rows"),
         ("stages.verify.instances=100", "r:14:5", "nothing new in split 'test'"),
@@ -102,7 +158,7 @@ def test_puzzles_that_cannot_be_made_are_a_fault(small):
 )
 def test_what_cannot_be_built_is_a_fault_with_its_reason(small, monkeypatch, override, place, fault):
     monkeypatch.setattr("krontune.rl.tasks.splits.MAX_TRIES", 300)
-    narrow = ["stages.rl.task.values=[1, 4]"] if "instances" in override else []
+    narrow = ["stages.rl.task.options={values: [1, 4]}"] if "instances" in override else []
     found = faults_of(small, *narrow, override)
     assert any(one.startswith(place) and fault in one for one in found), found
     assert all("\n" not in one for one in found)
