@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import nn
 
-from .embedded import HUB_ID, NAME, PACKAGE, cache_folder, embedded_checkpoint
+from .embedded import HUB_ID, NAME, PACKAGE, cache_folder, from_hub_id
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -82,8 +82,6 @@ def load_base(
         keep_trainable_layout(base)
         if (output_layer := base.get_output_embeddings()) is not None:
             output_layer.register_forward_pre_hook(_contiguous)
-    if str(model) in (NAME, HUB_ID):
-        base.name_or_path = HUB_ID  # PEFT writes it into adapters, which a folder of this machine's cache would bind
     base.requires_grad_(False)
     return base.eval(), tokenizer
 
@@ -91,7 +89,7 @@ def load_base(
 def resolve_model(model: str | Path, revision: str | None = None) -> str:
     """A folder or a Hub id for the name of a model; "~" stands for the home folder."""
     if str(model) == NAME or (str(model) == HUB_ID and revision is None):
-        return str(embedded_checkpoint() or HUB_ID)
+        return str(from_hub_id(HUB_ID))
     return str(Path(model).expanduser()) if str(model).startswith("~") else str(model)
 
 

@@ -2,10 +2,11 @@
 
 from dataclasses import dataclass, field
 from math import inf
-from typing import Literal
+from typing import Any, Literal
 
 from peft.config import PeftConfig
 
+from .embedded import from_hub_id, to_hub_id
 from .registration import moka_type
 
 Shape = tuple[int, int]
@@ -80,10 +81,16 @@ class MokaConfig(PeftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = moka_type()
+        if self.revision is None:
+            self.base_model_name_or_path = from_hub_id(self.base_model_name_or_path)
         for name in ("target_modules", "exclude_modules"):
             value = getattr(self, name)
             setattr(self, name, set(value) if isinstance(value, list) else value)
         self._check()
+
+    def to_dict(self) -> dict[str, Any]:
+        """As saved: the embedded base goes by its Hub id, as a folder of a cache means nothing elsewhere."""
+        return {**super().to_dict(), "base_model_name_or_path": to_hub_id(self.base_model_name_or_path)}
 
     def _check(self) -> None:
         for name, value in {"r": self.r, **{f"rank_pattern[{k!r}]": v for k, v in self.rank_pattern.items()}}.items():

@@ -32,6 +32,17 @@ def embedded_checkpoint() -> Path | None:
     return folder
 
 
+def from_hub_id(model: str | None) -> str | None:
+    """The embedded checkpoint for its Hub id, where the package is installed; any other name as it is."""
+    return str(embedded_checkpoint() or HUB_ID) if model == HUB_ID else model
+
+
+def to_hub_id(model: str | None) -> str | None:
+    """The Hub id for a folder of the embedded checkpoint; any other name as it is."""
+    ours = model is not None and Path(model).parent == cache_folder() and Path(model).name.startswith(f"{NAME}-")
+    return HUB_ID if ours else model
+
+
 def cache_folder() -> Path:
     """$XDG_CACHE_HOME/krontune, else ~/.cache/krontune."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "krontune"

