@@ -126,6 +126,7 @@ def main() -> None:
     parser.add_argument("--package")
     parser.add_argument("--variants", help="JSON: names and settings of Dsir to try, instead of the defaults")
     parser.add_argument("--domains", nargs="*")
+    parser.add_argument("--keep", type=Path, help="a jsonl file, a line a domain; domains that it holds are not redone")
     options = parser.parse_args()
     path = options.folder / f"{options.kind}.jsonl"
     rows = [json.loads(line) for line in path.open()]
@@ -138,9 +139,17 @@ def main() -> None:
     results: dict[tuple[str, int | None, str], tuple[float, float]] = {}
     sizes: dict[str, tuple[int, int]] = {}
     domains = options.domains or sorted(set(labels.tolist()))
+    names = ["random", "official", *(["fastText"] if fasttext else []), *variants, "all right"]
+    if options.keep and options.keep.exists():
+        for line in options.keep.read_text().splitlines():
+            kept = json.loads(line)
+            sizes[kept["domain"]] = tuple(kept["sizes"])
+            results |= {(kept["domain"], size, name): tuple(pair) for size, name, pair in kept["results"]}
     for domain in domains:
-        names = sorted(set(documents[labels == domain].tolist()))
-        chosen = set(random.Random(0).sample(names, len(names) // 2))
+        if domain in sizes:
+            continue
+        own = sorted(set(documents[labels == domain].tolist()))
+        chosen = set(random.Random(0).sample(own, len(own) // 2))
         is_target = np.isin(documents, list(chosen))
         target_rows, pool_rows = np.flatnonzero(is_target), np.flatnonzero(~is_target)
         right = labels[pool_rows] == domain
@@ -164,10 +173,9 @@ def main() -> None:
             if options.package and domain == domains[0] and size == 200:
                 given = package_weights(options.package, [texts[row] for row in sample], pool[:20_000])
                 near_q = np.asarray(pool_counts[:20_000].sum(axis=0))[0]
-                own = np.log(share(counts, sample) + EPSILON) - np.log(near_q / near_q.sum() + EPSILON)
-                print(
-                    "largest difference from the package's weights:", np.abs(pool_counts[:20_000] @ own - given).max()
-                )
+                logs = np.log(share(counts, sample) + EPSILON) - np.log(near_q / near_q.sum() + EPSILON)
+                apart = np.abs(pool_counts[:20_000] @ logs - given).max()
+                print("largest difference from the package's weights:", apart, flush=True)
             if fasttext:
                 scored["fastText"] = fasttext.scores(sample, pool_rows)
             for name, settings in variants.items():
@@ -176,8 +184,12 @@ def main() -> None:
             scored["all right"] = right.astype(float)
             for name, scores in scored.items():
                 results[domain, size, name] = judge(scores, k)
-        print(domain, {name: round(float(results[domain, None, name][0]), 3) for name in scored}, flush=True)
-    report(options.kind, domains, list(scored), sizes, results)
+        print(domain, {name: round(float(results[domain, None, name][0]), 3) for name in names}, flush=True)
+        if options.keep:
+            found = [(size, name, pair) for (of, size, name), pair in results.items() if of == domain]
+            with options.keep.open("a") as file:
+                file.write(json.dumps({"domain": domain, "sizes": sizes[domain], "results": found}, default=float) + "\n")
+    report(options.kind, domains, names, sizes, results)
 
 
 def report(kind: str, domains: list[str], names: list[str], sizes: dict, results: dict) -> None:

@@ -134,6 +134,7 @@ def fetch(folder: Path) -> None:
     missing = [name for name in PACKAGES if not list(packed.glob(f"{name}_*"))]
     if missing:
         subprocess.run(["apt-get", "download", "-qq", *missing], cwd=packed, check=True)
+    (folder / "x").mkdir(exist_ok=True)
     for path in sorted(packed.glob("*.deb")):
         target = folder / "x" / path.stem
         if not target.exists():

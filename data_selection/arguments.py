@@ -4,8 +4,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from numbers import Real
 from typing import Any, TypeGuard
 
-from .sampling import ShardScores
-from .selection import checked_int
+from .sampling import Rules, ShardScores
+from .selection import MAX_SEED, checked_int
 from .texts import DataSelectionError, TextSource, is_dataset_dict
 
 
@@ -81,7 +81,50 @@ def check_sources(shards: Iterable[ShardScores], caps: Mapping[str, int]) -> Non
     """
     seen = set[str]()
     for shard in shards:
-        seen.update(shard.sources or ())
+        seen.update(shard.sources or [""])
+        if "" in seen:
+            seen = seen - {""} | ({shard.path} if shard.path else set())
     unknown = sorted(set(caps) - seen)
     if unknown:
         raise DataSelectionError(f"source_caps: no row has the source {unknown}; there are {sorted(seen)[:20]}")
+
+
+def rules_of(
+    size: int,
+    shares: tuple[float, ...],
+    noise_scale: float,
+    *,
+    k: Any,
+    tokens: Any,
+    method: Any,
+    temperature: Any,
+    seed: Any,
+    source_caps: Mapping[str, Any] | None,
+    min_tokens: Any,
+    max_tokens: Any,
+    exclude_copies: bool,
+) -> Rules:
+    """The arguments of `Dsir.select`, checked against a pool of `size` rows.
+
+    Raises:
+        DataSelectionError: the pool is empty, or an argument is out of range.
+    """
+    if method not in ("gumbel", "topk"):
+        raise DataSelectionError(f"method={method!r}: must be 'gumbel' or 'topk'")
+    if not isinstance(temperature, Real) or not 0 < float(temperature) <= 1e9:
+        raise DataSelectionError(f"temperature={temperature!r}: must be above 0 and at most 1e9")
+    seed = checked_int(seed, "seed", 0, MAX_SEED, "any such number does")
+    if not size:
+        raise DataSelectionError("the pool is empty; there is nothing to select from")
+    budget = budget_of(k, tokens, size)
+    low = checked_int(min_tokens, "min_tokens", 0, 2**62, "0 leaves nothing out")
+    high = max_tokens
+    if high is not None:
+        high = checked_int(high, "max_tokens", 1, 2**62, "None leaves nothing out")
+        if high < low:
+            raise DataSelectionError(f"min_tokens={low}, max_tokens={high}: no text is left; turn them round")
+    caps = caps_of(source_caps, budget, tokens is not None)
+    by_tokens, gumbel = tokens is not None, method == "gumbel"
+    return Rules(
+        budget, by_tokens, shares, gumbel, noise_scale, float(temperature), seed, caps, low, high, exclude_copies
+    )

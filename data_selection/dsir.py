@@ -18,11 +18,11 @@ from numpy.typing import NDArray
 
 from . import compat as official
 from . import kernels
-from .arguments import budget_of, caps_of, check_sources, is_mapping, named_targets, shares_of
+from .arguments import check_sources, is_mapping, named_targets, rules_of, shares_of
 from .chunks import Chunks, cut_batch
 from .files import read_checked, read_header, write_atomic
 from .importance import Counts, Floats, fold, kl_reduction, log_ratios
-from .sampling import Rules, ShardScores, pick
+from .sampling import ShardScores, pick
 from .scoring import ScoreFolder, Scorer, count_source, score_in_memory, score_to_folder
 from .selection import MAX_SEED, Selection, checked_int
 from .shards import plan, read_all
@@ -167,7 +167,7 @@ class Dsir:
         Raises:
             DataSelectionError: not fitted, the texts cannot be read, or `out_dir` holds scores of something else.
         """
-        parts = [shard.log_weights for shard in self._scores(raw, num_proc, out_dir)]
+        parts = [shard.log_weights for shard in self.scores(raw, num_proc, out_dir)]
         weights = np.concatenate([np.empty((0, len(self.target_names))), *parts])
         return weights[:, 0] if len(self.target_names) == 1 else weights
 
@@ -238,7 +238,8 @@ class Dsir:
             tokens: instead of k, the most tokens (words and runs of punctuation, not a model's tokens) to pick. The
                 pick ends before the first text that does not fit.
             proportions: the share of each target, by name; they are divided by their sum. Default: equal.
-            source_caps: of a row's `source` the most rows to pick: a number, or a share of k below 1.
+            source_caps: of a row's `source` the most rows to pick: a number, or a share of k below 1. A row of a file
+                that has no `source` counts as of the file's path, as it was given.
             min_tokens, max_tokens: leave out texts with fewer or more tokens; off by default.
             exclude_copies: leave out texts whose tokens are those of a target text (case and white space apart).
             num_proc, out_dir: as of `log_weights`.
@@ -250,37 +251,23 @@ class Dsir:
         Raises:
             DataSelectionError: not fitted, pool empty or not to be read, or an argument is out of range.
         """
-        if method not in ("gumbel", "topk"):
-            raise DataSelectionError(f"method={method!r}: must be 'gumbel' or 'topk'")
-        if not isinstance(temperature, Real) or not 0 < temperature <= 1e9:
-            raise DataSelectionError(f"temperature={temperature!r}: must be above 0 and at most 1e9")
-        seed = checked_int(seed, "seed", 0, MAX_SEED, "any such number does")
+        given = {
+            **{"k": k, "tokens": tokens, "method": method, "temperature": temperature, "seed": seed},
+            **{"source_caps": source_caps, "min_tokens": min_tokens, "max_tokens": max_tokens},
+            "exclude_copies": exclude_copies,
+        }
         fit = self._fitted()
+        # What does not depend on the pool is checked before it is read.
+        rules_of(1, (1.0,), 1.0, **{**given, "k": 1, "tokens": None, "source_caps": None})
         shares = shares_of(fit.targets, proportions)
         # A folder is read twice, so that only one shard is held; scores in memory are there anyway.
-        shards = self._scores(raw, num_proc, out_dir)
+        shards = self.scores(raw, num_proc, out_dir)
         shards = list(shards) if out_dir is None else shards
         size = sum(len(shard.tokens) for shard in shards)
-        if not size:
-            raise DataSelectionError("the pool is empty; there is nothing to select from")
-        budget = budget_of(k, tokens, size)
-        caps = caps_of(source_caps, budget, tokens is not None)
-        if caps:
-            check_sources(shards if out_dir is None else self._scores(raw, num_proc, out_dir), caps)
-        rules = Rules(
-            budget,
-            tokens is not None,
-            shares,
-            method == "gumbel",
-            self.noise_scale,
-            float(temperature),
-            seed,
-            caps,
-            checked_int(min_tokens, "min_tokens", 0, 2**62, "0 leaves nothing out"),
-            None if max_tokens is None else checked_int(max_tokens, "max_tokens", 1, 2**62, "None leaves nothing out"),
-            exclude_copies,
-        )
-        picks = pick(shards if out_dir is None else self._scores(raw, num_proc, out_dir), rules)
+        rules = rules_of(size, shares, self.noise_scale, **given)
+        if rules.caps:
+            check_sources(shards if out_dir is None else self.scores(raw, num_proc, out_dir), rules.caps)
+        picks = pick(shards if out_dir is None else self.scores(raw, num_proc, out_dir), rules)
         reasons = [
             {"log_weight": weight, "target": fit.targets[target]}
             for weight, target in zip(picks.log_weights.tolist(), picks.targets.tolist(), strict=True)
@@ -294,7 +281,7 @@ class Dsir:
         pool = None if isinstance(raw, Iterator) else raw  # an iterator is spent by now
         if self.chunk_words and pool is not None:
             pool = Chunks(pool, self.chunk_words)
-        return Selection(picks.rows, reasons, size, seed, method, pool, details)
+        return Selection(picks.rows, reasons, size, rules.seed, method, pool, details)
 
     @property
     def target_names(self) -> tuple[str, ...]:
@@ -395,7 +382,10 @@ class Dsir:
         """The values of the fields, by name."""
         return {name: getattr(self, name) for name in self.__dataclass_fields__}
 
-    def _scores(self, raw: TextSource, num_proc: int, out_dir: str | os.PathLike[str] | None) -> Iterator[ShardScores]:
+    def scores(
+        self, raw: TextSource, num_proc: int = 1, out_dir: str | os.PathLike[str] | None = None
+    ) -> Iterator[ShardScores]:
+        """What `log_weights` and `select` go by, shard after shard; arguments as of `log_weights`."""
         num_proc = checked_int(num_proc, "num_proc", 1, 4096, "1 scores in this process")
         if out_dir is not None:
             return self.score(raw, out_dir, num_proc).read()

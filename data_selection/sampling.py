@@ -27,8 +27,13 @@ class ShardScores:
     log_weights: Floats  # (N, targets)
     tokens: Ints  # (N,)
     copies: NDArray[np.bool_]  # (N,) whether the row has the tokens of a target text
-    sources: list[str] | None  # (N,) or None
+    sources: list[str] | None  # (N,) or None; "" for a row without one
     file: str = ""  # short name of the file; "" in memory
+    path: str = ""  # of the file, as the caller gave it; "" in memory
+
+    def origin(self, row: int) -> str:
+        """The source of a row; of one without, the path of its file."""
+        return (self.sources[row] if self.sources is not None else "") or self.path
 
 
 @dataclass(frozen=True)
@@ -144,10 +149,12 @@ def _allowed(shard: ShardScores, rules: Rules, left_out: dict[str, int]) -> Ints
 
 
 def _capped(shard: ShardScores, allowed: Ints, caps: Mapping[str, int]) -> Ints:
-    if not caps or shard.sources is None:
+    if not caps:
         return np.full(len(allowed), -1)
     numbers = {source: number for number, source in enumerate(caps)}
-    return np.array([numbers.get(name, -1) for name in (shard.sources[row] for row in allowed)], np.int64)
+    if shard.sources is None:
+        return np.full(len(allowed), numbers.get(shard.path, -1))
+    return np.array([numbers.get(shard.origin(row), -1) for row in allowed.tolist()], np.int64)
 
 
 def _best(parts: list[Candidates], rules: Rules) -> Candidates:

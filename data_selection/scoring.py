@@ -19,7 +19,7 @@ import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -73,7 +73,7 @@ def score_shard(scorer: Scorer, source: TextSource, shard: Shard, file: str, nam
     if any(part is not None for part, _ in sources):
         named = [source for part, rows in sources for source in (part or [""] * rows)]
     copies = np.isin(np.concatenate(prints), scorer.prints)
-    return ShardScores(np.concatenate(weights), np.concatenate(tokens), copies, named, file)
+    return ShardScores(np.concatenate(weights), np.concatenate(tokens), copies, named, file, shard.path or "")
 
 
 def score_in_memory(scorer: Scorer, source: TextSource) -> Iterator[ShardScores]:
@@ -125,7 +125,8 @@ class ScoreFolder:
             )
         named = several_files(self.shards)
         for shard in self.shards:
-            yield _from_parquet(self.file(shard.number), self.names, self.digest, shard.file if named else "")
+            found = _from_parquet(self.file(shard.number), self.names, self.digest)
+            yield replace(found, file=shard.file if named else "", path=shard.path or "")
 
 
 def _shard_name(number: int) -> str:
@@ -272,7 +273,7 @@ def _to_parquet(scores: ShardScores, names: Sequence[str], digest: str) -> bytes
     return buffer.getvalue()
 
 
-def _from_parquet(path: Path, names: Sequence[str], digest: str, file: str) -> ShardScores:
+def _from_parquet(path: Path, names: Sequence[str], digest: str) -> ShardScores:
     import pyarrow
     from pyarrow import parquet
 
@@ -284,7 +285,7 @@ def _from_parquet(path: Path, names: Sequence[str], digest: str, file: str) -> S
         raise DataSelectionError(f"{path} belongs to other scores; delete it and score again")
     weights = np.stack([rows.column(column).to_numpy() for column in _columns(names)], axis=1)
     sources = rows.column("source").to_pylist() if "source" in rows.column_names else None
-    return ShardScores(weights, rows.column("tokens").to_numpy(), rows.column("copy").to_numpy(), sources, file)
+    return ShardScores(weights, rows.column("tokens").to_numpy(), rows.column("copy").to_numpy(), sources)
 
 
 def count_source(
