@@ -188,7 +188,9 @@ def main() -> None:
         if options.keep:
             found = [(size, name, pair) for (of, size, name), pair in results.items() if of == domain]
             with options.keep.open("a") as file:
-                file.write(json.dumps({"domain": domain, "sizes": sizes[domain], "results": found}, default=float) + "\n")
+                file.write(
+                    json.dumps({"domain": domain, "sizes": sizes[domain], "results": found}, default=float) + "\n"
+                )
     report(options.kind, domains, names, sizes, results)
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from .data_faults import select_gaps
 from .faults import Fault, RecipeError, faults_from_validation
 from .overrides import apply_overrides
 from .schema import Recipe
@@ -71,6 +72,8 @@ def _order_faults(recipe: Recipe) -> Iterator[tuple[tuple[str | int, ...], str]]
         at = ("stages", number, "stage")
         if stage.stage in before:
             yield at, f"a second {stage.stage} stage; a recipe has at most one of each kind"
+        if stage.stage == "select":
+            yield from ((("stages", number, *path), message) for path, message in select_gaps(stage))
         if stage.stage == "sft" and stage.data == "select" and "select" not in before:
             yield at, "the sft stage trains on what 'select' picked, and none comes before; add one, or give data"
         if stage.stage == "sft" and stage.controls and stage.data != "select":

@@ -4,18 +4,17 @@ import difflib
 import math
 import re
 import tempfile
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from ..adapters.base import resolve_model
 from ..adapters.embedded import NAME
-from ..data_selection.texts import row_text
 from ..rl import CertificateReward
+from .data_faults import Found, select_faults, source_faults, tried
 from .faults import Fault
 from .rl import make_credit, make_risk, make_task
-from .rows import read_sources
-from .schema import Adapter, Recipe, Source
+from .schema import Adapter, Recipe
 from .trainer_args import given
 from .training import moka_config, trainer_arguments
 
@@ -31,15 +30,12 @@ LEAST = {
     "max_grad_norm": 0,
 }
 
-# Where in the stage, and what.
-Found = Iterator[tuple[tuple[str | int, ...], str]]
-
 
 def check(recipe: Recipe) -> list[Fault]:
     """Read the data, build the task, the adapter's and the trainers' configurations; the model is only looked up."""
     faults = [*_model_faults(recipe), *_attention_faults(recipe)]
     for number, stage in enumerate(recipe.stages):
-        finder = {"select": _select_faults, "sft": _sft_faults, "rl": _rl_faults, "verify": _verify_faults}[stage.stage]
+        finder = {"select": select_faults, "sft": _sft_faults, "rl": _rl_faults, "verify": _verify_faults}[stage.stage]
         faults += [Fault(recipe.where(("stages", number, *path)), message) for path, message in finder(recipe, stage)]
     return faults
 
@@ -85,32 +81,25 @@ def _attention_faults(recipe: Recipe) -> Iterator[Fault]:
         yield Fault(where, f"{chosen} needs a GPU, and there is none here; use sdpa or eager")
 
 
-def _select_faults(recipe: Recipe, stage: Any) -> Found:
-    pool = yield from _source_faults("raw", stage.raw)
-    yield from _source_faults("target", stage.target)
-    if pool and stage.k > pool:
-        yield ("k",), f"k is {stage.k} and the pool has {pool} rows; give at most {pool}"
-
-
 def _sft_faults(recipe: Recipe, stage: Any) -> Found:
     yield from _adapter_faults(stage.adapter)
     if not isinstance(stage.data, str):
-        yield from _source_faults("data", stage.data)
+        yield from source_faults(("data",), stage.data)
     yield from _trainer_faults(recipe, stage, "SFTConfig")
 
 
 def _rl_faults(recipe: Recipe, stage: Any) -> Found:
     if stage.adapter is not None:
         yield from _adapter_faults(stage.adapter)
-    yield from _tried(
+    yield from tried(
         ("task",),
         lambda: make_task(stage.task).instances(
             stage.instances, stage.task.n, recipe.seed, "train", stage.task.discriminating
         ),
     )
-    yield from _tried(("reward",), lambda: CertificateReward(make_task(stage.task), stage.reward))
-    yield from _tried(("credit",), lambda: make_credit(stage))
-    yield from _tried(("risk",), lambda: make_risk(stage))
+    yield from tried(("reward",), lambda: CertificateReward(make_task(stage.task), stage.reward))
+    yield from tried(("credit",), lambda: make_credit(stage))
+    yield from tried(("risk",), lambda: make_risk(stage))
     yield from _conflicts(stage)
     yield from _trainer_faults(recipe, stage, "GRPOConfig")
 
@@ -139,16 +128,16 @@ def _conflicts(stage: Any) -> Found:
 
 def _verify_faults(recipe: Recipe, stage: Any) -> Found:
     task = stage.task or recipe.stage("rl").task
-    yield from _tried(
+    yield from tried(
         ("task",),
         lambda: make_task(task).instances(stage.instances, task.n, stage.seed, "test", task.discriminating),
     )
     if "size_ladder" in stage.checks:
-        yield from _tried(("sizes",), lambda: [make_task(task).generate(stage.seed, size) for size in stage.sizes])
+        yield from tried(("sizes",), lambda: [make_task(task).generate(stage.seed, size) for size in stage.sizes])
 
 
 def _adapter_faults(adapter: Adapter) -> Found:
-    yield from _tried(("adapter",), lambda: moka_config(adapter))
+    yield from tried(("adapter",), lambda: moka_config(adapter))
     for key in ("target_modules", "exclude_modules"):
         value = getattr(adapter, key)
         if isinstance(value, str) and value != "all-linear":
@@ -175,28 +164,3 @@ def _trainer_faults(recipe: Recipe, stage: Any, config_class: str) -> Found:
         except Exception as error:  # the libraries refuse values with whatever error comes up, ZeroDivisionError too
             kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
             yield ("trainer",), f"trl.{config_class} refuses these values: {kind}{' '.join(str(error).split())}"
-
-
-def _source_faults(key: str, sources: list[Source]) -> Generator[tuple[tuple[str | int, ...], str], None, int]:
-    """Reads all sources of a key; returns how many rows they hold, 0 where one cannot be read."""
-    rows, words, readable = 0, False, True
-    for number, source in enumerate(sources):
-        try:
-            found = read_sources([source], key)
-            rows += len(found)
-            words = words or any(row_text(row, key).strip() for row in found)
-        except (ValueError, OSError) as error:
-            readable = False
-            yield (key, number), str(error)
-    if readable and not rows:
-        yield (key,), f"{key} is empty: its sources hold no rows"
-    elif readable and not words:
-        yield (key,), f"{key} is blank: none of its {rows} rows holds a word"
-    return rows if readable else 0
-
-
-def _tried(path: tuple[str, ...], build: Callable[[], Any]) -> Found:
-    try:
-        build()
-    except ValueError as error:
-        yield path, str(error)

@@ -5,12 +5,13 @@ import hashlib
 import json
 from collections.abc import Iterable, Iterator
 from importlib.resources import files
+from string import Formatter
 from typing import Any
 
 from ..data_selection import DataSelectionError
 from ..data_selection.texts import read_rows, row_text
 from ..rl.tasks.worked import worked_examples
-from .schema import Puzzles, Shipped, Source
+from .schema import Columns, Puzzles, Shipped, Source
 
 Row = dict[str, Any]
 
@@ -21,10 +22,15 @@ def read_sources(sources: Iterable[Source], name: str) -> list[Row]:
     Raises:
         DataSelectionError: a file is missing or a row of it cannot be read; file and line are named.
     """
-    return [row for source in sources for row in _rows(source, name)]
+    return [row for source in sources for row in source_rows(source, name)]
 
 
-def _rows(source: Source, name: str) -> Iterator[Row]:
+def source_rows(source: Source, name: str) -> Iterator[Row]:
+    """The rows of one source, read as they are asked for. A row of a file without `source` has the file's path there.
+
+    Raises:
+        DataSelectionError: as of `read_sources`.
+    """
     if isinstance(source, Shipped):
         with (files("krontune.recipes.data") / "prose.jsonl.gz").open("rb") as file:
             for line in gzip.open(file):
@@ -37,13 +43,41 @@ def _rows(source: Source, name: str) -> Iterator[Row]:
                     "completion": [{"role": "assistant", "content": puzzle["completion"]}],
                     "source": kind,
                 }
+    elif isinstance(source, Columns):
+        for row, where in read_rows(source.path, name):
+            row = {"source": source.path, **row, "text": _filled(source.text, row, where)}
+            check_row(row, where)
+            yield row
     else:
         for row, where in read_rows(source, name):
-            _check_row(row, where)
+            check_row(row, where)
             yield {"source": source, **row}
 
 
-def _check_row(row: Row, where: str) -> None:
+def _filled(template: str, row: Row, where: str) -> str:
+    """The value of a column, or a template with the values of columns in it.
+
+    Raises:
+        DataSelectionError: a column is missing or holds no text, or the template cannot be read.
+    """
+    template = template if "{" in template else "{" + template + "}"
+    try:
+        parts = list(Formatter().parse(template))
+    except ValueError as error:
+        raise DataSelectionError(f"{where}: text {template!r} is no template: {error}") from error
+    text = ""
+    for literal, column, _, _ in parts:
+        text += literal
+        if column is not None:
+            value = row.get(column)
+            if isinstance(value, bool) or not isinstance(value, (str, int, float)):
+                found = "there is no such column" if column not in row else f"{value!r:.80} is no text"
+                raise DataSelectionError(f"{where}: column {column!r} of text: {found}; the columns are {sorted(row)}")
+            text += str(value)
+    return text
+
+
+def check_row(row: Row, where: str) -> None:
     """Refuse, with its place, a row that `tokenize` could not use.
 
     Raises:

