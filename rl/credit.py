@@ -168,12 +168,16 @@ def token_credit(
     return gamma.where(mask, 1)
 
 
-def credited_advantages(advantages: torch.Tensor, gamma: torch.Tensor, sign: str = "both") -> torch.Tensor:
-    """advantages (B,) times gamma (B, T), where the advantage has the sign; (B, T). Eq. 12, v1 with "positive"."""
+def credited(advantages: torch.Tensor, sign: str = "both") -> torch.Tensor:
+    """Which advantages gamma changes: those that are not 0 and have the sign; a bool tensor of the same shape."""
     if sign not in SIGNS:
         raise RlError(f"sign must be one of {', '.join(SIGNS)}, got {sign!r}")
-    spared = {"both": torch.zeros_like(advantages, dtype=torch.bool), "positive": advantages < 0}
-    gamma = gamma.where(~spared.get(sign, advantages > 0)[:, None], 1)
+    return {"both": advantages != 0, "positive": advantages > 0, "negative": advantages < 0}[sign]
+
+
+def credited_advantages(advantages: torch.Tensor, gamma: torch.Tensor, sign: str = "both") -> torch.Tensor:
+    """advantages (B,) times gamma (B, T), where the advantage has the sign; (B, T). Eq. 12, v1 with "positive"."""
+    gamma = gamma.where(credited(advantages, sign)[:, None], 1)
     return advantages[:, None] * gamma.to(advantages.dtype)
 
 

@@ -1,18 +1,19 @@
 """TRL's GRPO trainer with fast rollouts from a quantised, adapted model, token credit and risk-averse advantages."""
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from accelerate.utils import DistributedType
+from torch.nn.functional import pad
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import GRPOConfig, GRPOTrainer
 
 from ..adapters.dense import dense_weights
-from .credit import TokenCredit, credited_advantages, token_credit
+from .credit import TokenCredit, credited, credited_advantages, token_credit
 from .errors import RlError
 from .heads import HeadSplit, pool
 from .probe import read_rhythm
@@ -154,11 +155,12 @@ class TokenCreditGRPOTrainer(DenseRolloutGRPOTrainer):
 
     @torch.no_grad()
     def _gamma(self, batch: dict[str, Any]) -> torch.Tensor:
-        """Gamma (B, C) of the completions of a sampled batch, logged."""
+        """Gamma (B, C) of the completions of a sampled batch, logged; 1 where it would change nothing."""
         if "pixel_values" in batch:
             raise RlError("token credit reads text alone, and this batch has images: use TokenCredit(strategy='off')")
         credit, completion = self.credit, batch["completion_ids"]
-        response = batch["completion_mask"] * batch.get("tool_mask", 1)  # (B, C)
+        own = batch["completion_mask"] * batch.get("tool_mask", 1)  # (B, C)
+        response = own * credited(batch["advantages"], credit.sign)[:, None]
         if not credit.credit_truncated:
             response = response * self._finished(completion, batch["completion_mask"])[:, None]
         waad = fai = torch.zeros_like(response, dtype=torch.float32)
@@ -166,7 +168,9 @@ class TokenCreditGRPOTrainer(DenseRolloutGRPOTrainer):
             waad, fai = self._waad_and_fai(batch, response)
         entropy = None
         if credit.strategy == "entropy":
-            entropy = torch.cat([self._log_probs_and_entropy(row)[1] for row in _rows(batch)])
+            entropy = torch.zeros_like(waad)
+            for at in response.any(1).nonzero().flatten().tolist():
+                entropy[at] = self._log_probs_and_entropy(next(_rows(batch, [at])))[1][0]
         gamma = token_credit(
             waad,
             fai,
@@ -176,28 +180,38 @@ class TokenCreditGRPOTrainer(DenseRolloutGRPOTrainer):
             excluded=torch.isin(completion, torch.tensor(credit.exclude_ids, device=completion.device)),
             generator=self._generator(),
         )
-        self._log_gamma(gamma, fai, batch["completion_mask"] * batch.get("tool_mask", 1))
+        self._log_gamma(gamma, fai, own)
         return gamma
 
     def _waad_and_fai(self, batch: dict[str, Any], response: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """(B, C) each, over the local and the global heads, read in chunks as long as a gradient step's batch."""
+        """(B, C) each, over the local and the global heads; 0 for rows without response, which are not read.
+
+        Read in chunks as long as a gradient step's batch, the longest rows together, each cut after its last response
+        token: later ones are seen by nobody.
+        """
         ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], 1)
         attended = torch.cat([batch["prompt_mask"], batch["completion_mask"]], 1)
         counted = torch.cat([torch.zeros_like(batch["prompt_mask"]), response], 1)
-        chunks = [x.split(self.args.per_device_train_batch_size) for x in (ids, attended, counted)]
+        ends = (counted * torch.arange(1, ids.shape[1] + 1, device=ids.device)).amax(1)  # (B,), 0 without response
+        order = ends.argsort(descending=True, stable=True)
+        # At least one, since every process takes part in the split of heads.
+        order = order[: max(int((ends > 0).sum()), 1)]
         credit, settled = self.credit, self.head_split.settled
         options = {"window": credit.window, "horizon": credit.horizon, "backend": credit.backend, "heads": settled}
-        with self.accelerator.autocast():
-            parts = [
-                read_rhythm(self._policy, some, attention, mask, credit.layers, **options)
-                for some, attention, mask in zip(*chunks, strict=True)
-            ]
+        parts = []
+        for some in order.split(self.args.per_device_train_batch_size):
+            end = max(int(ends[some[0]]), 1)
+            masks = ids[some, :end], attended[some, :end], counted[some, :end]
+            with self.accelerator.autocast():
+                rhythms = read_rhythm(self._policy, *masks, credit.layers, **options)
+            parts.append({layer: _padded(rhythm, ids.shape[1]) for layer, rhythm in rhythms.items()})
         rhythms = {layer: _joined([part[layer] for part in parts]) for layer in parts[0]}
-        heads = self.head_split.update(rhythms, counted)
+        heads = self.head_split.update(rhythms, counted[order])
         self._metrics["train"]["credit/head_turnover"].append(self.head_split.turnover)
-        prompt = batch["prompt_ids"].shape[1]
-        waad, fai = pool(rhythms, heads)
-        return waad[:, prompt:], fai[:, prompt:]
+        prompt, whole = batch["prompt_ids"].shape[1], torch.zeros(2, *ids.shape, device=ids.device)
+        for which, values in enumerate(pool(rhythms, heads)):
+            whole[which, order] = values.to(ids.device) * counted[order].any(1)[:, None]
+        return whole[0, :, prompt:], whole[1, :, prompt:]
 
     def _finished(self, completion: torch.Tensor, completion_mask: torch.Tensor) -> torch.Tensor:
         """(B,) whether a completion's last token ends it, rather than the length limit."""
@@ -231,7 +245,8 @@ class TokenCreditGRPOTrainer(DenseRolloutGRPOTrainer):
         """
         parameters = [p for p in self._policy.parameters() if p.requires_grad]
         gradients: list[list[torch.Tensor]] = []
-        for number, row in enumerate(_rows(batch, self.args.per_device_train_batch_size)):
+        rows = range(min(self.args.per_device_train_batch_size, len(plain)))
+        for number, row in zip(rows, _rows(batch, rows), strict=True):
             log_probs, _ = self._log_probs_and_entropy(row)  # (1, C)
             mask = row["completion_mask"] * row.get("tool_mask", 1)
             if not mask.any():
@@ -278,12 +293,17 @@ class TokenCreditGRPOTrainer(DenseRolloutGRPOTrainer):
             self.head_split.load_state_dict(state["heads"])
 
 
-def _rows(batch: dict[str, Any], limit: int | None = None) -> Iterator[dict[str, Any]]:
-    """The batch row by row, each still with its first dimension."""
+def _rows(batch: dict[str, Any], places: Sequence[int]) -> Iterator[dict[str, Any]]:
+    """These rows of the batch one by one, each still with its first dimension."""
     names = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask", "tool_mask", "advantages")
-    rows = len(batch["completion_ids"])
-    for at in range(rows if limit is None else min(limit, rows)):
+    for at in places:
         yield {name: batch[name][at : at + 1] for name in names if name in batch}
+
+
+def _padded(rhythm: Rhythm, length: int) -> Rhythm:
+    """The same with zeros up to `length` tokens."""
+    waad, fai, rows = (pad(x, (0, length - x.shape[-1])) for x in (rhythm.waad, rhythm.fai, rhythm.rows))
+    return Rhythm(waad, fai, rhythm.span, rows)
 
 
 def _joined(parts: list[Rhythm]) -> Rhythm:

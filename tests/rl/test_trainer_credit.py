@@ -19,8 +19,11 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from trl import GRPOConfig, GRPOTrainer
 
 from krontune.adapters import MokaConfig, load_base
+from krontune.rl import trainer as trainer_module
 from krontune.rl.credit import TokenCredit
 from krontune.rl.errors import RlError
+from krontune.rl.heads import pool, split_heads
+from krontune.rl.rhythm import read_rhythm
 from krontune.rl.risk import Risk
 from krontune.rl.trainer import TokenCreditGRPOTrainer
 
@@ -240,6 +243,70 @@ def test_truncated_completions_keep_gamma_one_unless_asked(tmp_path):
     cut = ~(batch["completion_ids"] == 2).any(1)
     assert cut.any()
     assert (batch["advantages"][cut] == batch["advantages"][cut][:, :1]).all()
+
+
+def only_some_groups(completions, **_):
+    """Rewards of two groups of four: in the second, all alike."""
+    return [len(text) / 100 if at < 4 else 1.0 for at, text in enumerate(completions)]
+
+
+@pytest.mark.parametrize("sign", ["both", "positive", "negative"])
+def test_only_responses_that_can_be_credited_are_read_and_gamma_is_the_same(sign, tmp_path, monkeypatch):
+    # One group for all heads, since the split is that of the responses that are read.
+    credit = TokenCredit(
+        horizon=(2, 8), window=4, credit_truncated=True, sign=sign, head_quantile=1.0, normalize="mean"
+    )
+    rows = []
+
+    def counting(model, ids, *rest, **options):
+        rows.append(len(ids))
+        return read_rhythm(model, ids, *rest, **options)
+
+    def batch(every):
+        rows.clear()
+        options = {"reward": only_some_groups, "rollout_func": scripted, "per_device_train_batch_size": 8}
+        trainer = make(tmp_path, credit, **options)
+        if every:
+            monkeypatch.setattr(trainer_module, "credited", lambda advantages, sign: torch.ones_like(advantages).bool())
+        return first_batch(trainer)["advantages"], sum(rows)
+
+    monkeypatch.setattr(trainer_module, "read_rhythm", counting)
+    some, few = batch(every=False)
+    whole, all_rows = batch(every=True)
+    plain = first_batch(make(tmp_path, TokenCredit(strategy="off"), reward=only_some_groups, rollout_func=scripted))
+    wanted = {"both": plain["advantages"] != 0, "positive": plain["advantages"] > 0}
+    assert few - 1 == wanted.get(sign, plain["advantages"] < 0).sum() < 8  # one row is read when the trainer is made
+    assert all_rows - 1 == 8
+    expected = whole
+    if sign != "both":  # `credited` also tells which advantages gamma multiplies
+        expected = whole.where(wanted.get(sign, plain["advantages"] < 0)[:, None], plain["advantages"][:, None])
+    torch.testing.assert_close(some, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_a_batch_with_nothing_to_credit_keeps_its_advantages_and_the_run_goes_on(tmp_path):
+    trainer = make(tmp_path, reward=lambda completions, **_: [1.0] * len(completions))
+    trainer.train()
+    assert logged(trainer, "credit/share") == [0.0, 0.0] and logged(trainer, "credit/gamma_mean") == [1.0, 1.0]
+    assert trainer._batches == 2
+
+
+@pytest.mark.parametrize("rows", [1, 3, 8])
+def test_the_pass_reads_the_same_in_chunks_of_any_size(rows, tmp_path):
+    trainer = make(tmp_path, SHORT, rollout_func=scripted, per_device_train_batch_size=8)
+    batch = first_batch(make(tmp_path, TokenCredit(strategy="off"), rollout_func=scripted))
+    response = batch["completion_mask"] * batch["tool_mask"]
+    response[3] = 0
+    trainer.args.per_device_train_batch_size = rows
+    waad, fai = trainer._waad_and_fai(batch, response)
+    # The obvious way: every row, in full, in one forward.
+    ids, attended = (torch.cat([batch[f"prompt_{name}"], batch[f"completion_{name}"]], 1) for name in ("ids", "mask"))
+    counted = torch.cat([torch.zeros_like(batch["prompt_mask"]), response], 1)
+    rhythms = read_rhythm(trainer.model, ids, attended, counted, window=4, horizon=(2, 8))
+    spans = {layer: (rhythm.span * counted.sum(1)[:, None]).sum(0) / counted.sum() for layer, rhythm in rhythms.items()}
+    start = batch["prompt_ids"].shape[1]
+    for got, expected in zip((waad, fai), pool(rhythms, split_heads(spans)), strict=True):
+        expected = expected[:, start:] * response.any(1)[:, None]
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_evaluation_keeps_trls_advantages(tmp_path):
