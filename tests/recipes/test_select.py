@@ -138,6 +138,15 @@ def test_columns_and_templates_give_the_text_and_chat_rows_are_read(data):
     assert "r.yaml:6:5: qa.jsonl:1: column 'b' of text: there is no such column" in str(fault)
 
 
+def test_where_the_run_folder_is_does_not_matter_to_the_picks(data):
+    keys = (
+        "raw: [a.jsonl, {puzzles: [lis], size: 60}]; target: {puzzles: [lis], size: 9, seed: 1}; k: 40; temperature: 50"
+    )
+    one, _ = select_in(data, keys, "one")
+    other, _ = select_in(data, keys, "some/where/else")
+    assert (one / "selected.jsonl").read_bytes() == (other / "selected.jsonl").read_bytes()
+
+
 # ---------------------------------------------------------------- copies
 
 
