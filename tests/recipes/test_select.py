@@ -2,6 +2,7 @@
 
 import json
 import re
+from pathlib import Path
 
 import pytest
 
@@ -291,6 +292,14 @@ def test_the_picks_are_pushed_where_the_recipe_says_so(data, monkeypatch):
     )
     _, facts = select_in(data, f"{BASE}; k: 30; push: me/picks")
     assert pushed == [("me/picks", 30)] and facts["pushed"] == "address"
+
+
+def test_the_example_of_the_docs_is_a_stage(tmp_path):
+    page = (Path(__file__).parents[2] / "docs" / "data_selection.md").read_text()
+    [example] = re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)
+    (tmp_path / "r.yaml").write_text(HEAD + example)
+    stage = load(tmp_path / "r.yaml").stages[0]
+    assert list(stage.targets) == ["law", "code"] and stage.k == 0.02 and stage.duplicates.against_target
 
 
 # ---------------------------------------------------------------- faults
