@@ -56,6 +56,22 @@ class Batch(NamedTuple):
     sources: list[str] | None  # None where no row has one
 
 
+class NamedFiles(list[str]):
+    """Paths of a pool, and the names that its files go by: the noise of a row depends on its file's name, which is
+    otherwise the path below the folder that all share.
+
+    Args:
+        paths: of the files.
+        names: as many, all different.
+    """
+
+    def __init__(self, paths: Iterable[str], names: Iterable[str]) -> None:
+        super().__init__(paths)
+        self.names = list(names)
+        if len(set(self.names)) != len(self):
+            raise DataSelectionError(f"{len(self)} files go by the names {self.names}; give each its own")
+
+
 def plan(source: TextSource, name: str, size: int = SHARD_BYTES, rows: int = SHARD_ROWS) -> list[Shard]:
     """The shards of a source, in order; each has about `size` bytes of a file, or `rows` rows in memory.
 
@@ -66,7 +82,7 @@ def plan(source: TextSource, name: str, size: int = SHARD_BYTES, rows: int = SHA
     paths = [checked_file(path, name) for path in file_paths(source)]
     shards: list[Shard] = []
     if paths:
-        for path, short in zip(paths, short_names(paths), strict=True):
+        for path, short in zip(paths, _names(source, paths), strict=True):
             for unit, start, stop in _ranges(path, size):
                 shards.append(Shard(len(shards), short, str(path), unit, start, stop))
     elif is_dataset(source) or isinstance(source, (list, tuple)):
@@ -76,6 +92,10 @@ def plan(source: TextSource, name: str, size: int = SHARD_BYTES, rows: int = SHA
     else:
         shards.append(Shard(0, "", None, "all", 0, 0))
     return shards
+
+
+def _names(source: TextSource, paths: Sequence[Path]) -> list[str]:
+    return source.names if isinstance(source, NamedFiles) else short_names(paths)
 
 
 def short_names(paths: Sequence[Path]) -> list[str]:
@@ -113,7 +133,7 @@ def fingerprint(source: TextSource, name: str) -> str:
     digest = hashlib.sha256()
     paths = [checked_file(path, name) for path in file_paths(source)]
     if paths:
-        for path, short in zip(paths, short_names(paths), strict=True):
+        for path, short in zip(paths, _names(source, paths), strict=True):
             found = path.stat()
             digest.update(f"{short}\0{found.st_size}\0{found.st_mtime_ns}\n".encode())
     elif is_dataset(source):

@@ -19,6 +19,7 @@ from ..data_selection.duplicates import deduplicate
 from ..data_selection.files import open_atomic
 from ..data_selection.report import selection_report, write_report
 from ..data_selection.selection import write_atomic
+from ..data_selection.shards import NamedFiles
 from ..data_selection.shards import fingerprint as file_fingerprint
 from ..data_selection.texts import read_rows
 from .rows import Row, check_row, fingerprint, source_rows
@@ -96,7 +97,10 @@ def _path(source: Source) -> str | None:
 
 def _as_files(sources: list[Source], made: Path) -> list[str]:
     """The sources as paths: a file that can be read as it is by its own, what is made or has a template of columns by
-    that of a file in the stage's folder."""
+    that of a file in the stage's folder.
+
+    Where that folder is must not matter to what is picked, so that the files are named by their place in the recipe.
+    """
     paths = []
     for number, source in enumerate(sources):
         if isinstance(source, str):
@@ -108,7 +112,9 @@ def _as_files(sources: list[Source], made: Path) -> list[str]:
                 for row in source_rows(source, made.name):
                     _write_row(file, row)
         paths.append(str(path))
-    return paths
+    if all(isinstance(source, str) for source in sources):
+        return paths
+    return NamedFiles(paths, [f"{made.name}-{number}" for number in range(len(paths))])
 
 
 def _content(paths: list[str]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import json
 import re
+from pathlib import Path
 
 import pytest
 
@@ -84,7 +85,7 @@ def test_several_targets_share_out_a_share_of_the_pool(data):
 
 
 def test_limits_caps_budgets_and_settings_reach_dsir(data):
-    keys = "smoothing_kind: laplace; smoothing: 0.01; normalize: sqrt; ngrams: 1; buckets: 5000; raw_sample: 50"
+    keys = "smoothing_kind: laplace; smoothing: 0.01; normalize: sqrt; ngrams: 1; buckets: 5000; raw_sample: 160"
     folder, facts = select_in(data, f"{BASE}; k: 20; source_caps: {{a.jsonl: 5}}; sampler: topk; {keys}")
     assert Dsir.load(folder / "dsir").settings() == {
         "ngrams": 1,
@@ -136,6 +137,15 @@ def test_columns_and_templates_give_the_text_and_chat_rows_are_read(data):
     assert "r.yaml:5:5: qa.jsonl:1: column 'a' of text: {'no': 'text'} is no text; the columns are" in str(fault)
     [fault] = check(recipe_of(data, "raw: a.jsonl; target: {path: qa.jsonl, text: 'x {b}'}; k: 2"))
     assert "r.yaml:6:5: qa.jsonl:1: column 'b' of text: there is no such column" in str(fault)
+
+
+def test_where_the_run_folder_is_does_not_matter_to_the_picks(data):
+    keys = (
+        "raw: [a.jsonl, {puzzles: [lis], size: 60}]; target: {puzzles: [lis], size: 9, seed: 1}; k: 40; temperature: 50"
+    )
+    one, _ = select_in(data, keys, "one")
+    other, _ = select_in(data, keys, "some/where/else")
+    assert (one / "selected.jsonl").read_bytes() == (other / "selected.jsonl").read_bytes()
 
 
 # ---------------------------------------------------------------- copies
@@ -252,15 +262,18 @@ def test_selected_rows_are_read_back_whatever_line_ends_they_hold(data):
 # ---------------------------------------------------------------- engines, embeddings, the Hub
 
 
-def test_ray_weighs_the_pool(data):
-    ray = pytest.importorskip("ray")
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, object_store_memory=100 << 20)
-    try:
-        folder, _ = select_in(data, f"{BASE}; k: 30; engine: ray; num_proc: 2")
-    finally:
-        ray.shutdown()
-    local, _ = select_in(data, f"{BASE}; k: 30", "local")
-    assert (folder / "selected.jsonl").read_bytes() == (local / "selected.jsonl").read_bytes()
+def test_ray_weighs_the_pool_where_the_recipe_says_so(data, monkeypatch):
+    """What Ray does then is tested with the engine."""
+    calls = []
+
+    def scored(dsir, pool, folder, workers):
+        calls.append((pool, workers))
+        return dsir.score(pool, folder)
+
+    monkeypatch.setattr("krontune.data_selection.ray_engine.score_with_ray", scored)
+    monkeypatch.setattr("krontune.recipes.data_faults.find_spec", lambda name: name)
+    select_in(data, f"{BASE}; k: 30; engine: ray; num_proc: 2")
+    assert calls == [(["a.jsonl", "b.jsonl"], 2)]
 
 
 def test_embeddings_are_mixed_in(data):
@@ -279,6 +292,14 @@ def test_the_picks_are_pushed_where_the_recipe_says_so(data, monkeypatch):
     )
     _, facts = select_in(data, f"{BASE}; k: 30; push: me/picks")
     assert pushed == [("me/picks", 30)] and facts["pushed"] == "address"
+
+
+def test_the_example_of_the_docs_is_a_stage(tmp_path):
+    page = (Path(__file__).parents[2] / "docs" / "data_selection.md").read_text()
+    [example] = re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)
+    (tmp_path / "r.yaml").write_text(HEAD + example)
+    stage = load(tmp_path / "r.yaml").stages[0]
+    assert list(stage.targets) == ["law", "code"] and stage.k == 0.02 and stage.duplicates.against_target
 
 
 # ---------------------------------------------------------------- faults
