@@ -1,7 +1,7 @@
 """Compute the prompt that the completions of a group share once, in sampling and in scoring.
 
-A prompt of P tokens with G completions of C tokens takes P + G C positions instead of G (P + C). Nothing is approximated:
-the results are those of the plain way up to rounding, gradients too.
+A prompt of P tokens with G completions of C tokens takes P + G C positions instead of G (P + C). Nothing is
+approximated: the results are those of the plain way up to rounding, gradients too.
 """
 
 from collections.abc import Iterator
@@ -49,8 +49,7 @@ def pack(
     dtype: of the mask, which is the model's. Rows may come in any order and prompts have different numbers of
     completions; the places that a line does not need predict nothing.
     """
-    (rows, width), length = prompt_ids.shape, completion_ids.shape[1]
-    device = prompt_ids.device
+    width, length, device = prompt_ids.shape[1], completion_ids.shape[1], prompt_ids.device
     prompts, line = distinct_rows(prompt_ids, prompt_mask)
     place = (line[:, None] == line).tril(-1).sum(1)  # (B,) how many rows above have the same prompt
     lines, places = len(prompts), int(place.max()) + 1
@@ -79,7 +78,7 @@ def pack(
 
 
 def distinct_rows(ids: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of (B, P) ids and their mask: the first row of each kind, (U,), and each row's kind, (B,), in order of meeting."""
+    """Of (B, P) ids and their mask: the first row of each kind, (U,), and each row's kind, (B,)."""
     firsts: dict[tuple[int, ...], int] = {}
     kinds, first = [], []
     for number, row in enumerate(torch.cat([ids, mask.to(ids)], 1).tolist()):

@@ -1,6 +1,7 @@
 """Prompts that a group shares, computed once: beside the plain way, which computes them for every completion."""
 
 import inspect
+from typing import Any
 
 import pytest
 import torch
@@ -24,7 +25,7 @@ SIZES = {
 }
 
 
-def llama(attention="eager"):
+def llama(attention="eager") -> Any:
     torch.manual_seed(0)
     return LlamaForCausalLM(LlamaConfig(**SIZES, attn_implementation=attention)).eval()
 
@@ -116,7 +117,7 @@ def test_greedy_answers_from_a_shared_prefill_are_the_plain_ones_and_generate_co
 
 def test_what_cannot_keep_completions_apart_is_refused():
     with pytest.raises(RlError, match="sliding_attention"):
-        model = MistralForCausalLM(MistralConfig(**SIZES, sliding_window=4))
+        model: Any = MistralForCausalLM(MistralConfig(**SIZES, sliding_window=4))
         model.config.layer_types = ["full_attention", "sliding_attention"]
         refuse_leaks(model)
     model = llama()

@@ -477,7 +477,8 @@ def test_training_with_shared_prompts_is_training_without(tmp_path, accumulation
         )
         train(trainer)
         trained.append([p.detach().clone() for p in trainer.model.parameters() if p.requires_grad])
-        logs.append([(log["reward"], log["entropy"], sum(sizes)) for log in trainer.state.log_history if "reward" in log])
+        lines = [log for log in trainer.state.log_history if "reward" in log]
+        logs.append([(line["reward"], line["entropy"], sum(sizes)) for line in lines])
     for one, other in zip(*trained, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-5)
     for (reward, entropy, plain), (same_reward, same_entropy, packed) in zip(*logs, strict=True):
