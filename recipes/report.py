@@ -26,6 +26,8 @@ def print_report(run: Run) -> None:
     if "verify" in stages:
         result = verification(run.path)
         console.print(_verification(result))
+        for change in result["changes"]:
+            console.print(_change(change), highlight=False)
         if result.get("checks"):
             console.print(_checks(result["checks"]))
     seconds = sum(stage["seconds"] for stage in stages.values())
@@ -73,6 +75,12 @@ def _verification(result: dict[str, Any]) -> Table:
     for name, scores in result["heuristics"].items():
         table.add_row(f"heuristic: {name.replace('_', ' ')}", *_cells(scores))
     return table
+
+
+def _change(change: dict[str, Any]) -> str:
+    after, before = (LABELS.get(change[key], change[key]) for key in ("to", "from"))
+    interval = f"[{change['low']:+.2f}, {change['high']:+.2f}]"
+    return f"certificate, {after} less {before}: {change['value']:+.2f} {interval}, paired over {change['n']} instances"
 
 
 def _checks(results: list[dict[str, Any]]) -> Table:

@@ -53,6 +53,7 @@ def run_rl(recipe: Recipe, stage: Rl, run: RunFolder) -> None:
             processing_class=tokenizer,
             callbacks=[Report("rl", run, shown=("reward", f"{task.name}/certificate_accuracy")), alarms],
             dense_rollouts=recipe.base.dense_generation,
+            share_prompts=stage.share_prompts,
         )
     train(trainer, run, "rl", folder, tokenizer, reward=lambda: _reward_after(run, alarms, folder))
 

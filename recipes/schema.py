@@ -251,6 +251,8 @@ class Rl(Section):
     """Any field of krontune.rl.Risk; null maximises the mean reward."""
     adapter: Adapter | None = None
     """The adapter to begin with where no sft stage came before; else that stage's is continued."""
+    share_prompts: bool = False
+    """Compute the prompt that the completions of a group share once; needs eager or sdpa attention."""
     trainer: GrpoTrainerArgs = GrpoTrainerArgs()  # pyright: ignore[reportInvalidTypeForm]
     """Any field of trl.GRPOConfig."""
 

@@ -8,9 +8,11 @@ from typing import Any
 from peft import PeftModel
 
 from ..data_selection.selection import write_atomic
-from ..rl import CertificateReward, checks, heuristic_table, score
+from ..rl import CertificateReward, checks, heuristic_table
 from ..rl.checks import CheckResult
+from ..rl.evaluation import mark_all, summarise
 from ..rl.generation import generate
+from ..rl.statistics import paired_difference
 from ..rl.tasks import CertificateTask, Instance
 from .progress import Progress
 from .rl import make_task
@@ -31,7 +33,7 @@ def run_verify(recipe: Recipe, stage: Verify, run: RunFolder, adapters: list[str
     run.add_data("verify", rows=len(instances), sha256=fingerprint({"instance": task.to_json(i)} for i in instances))
     base, tokenizer = load_recipe_base(recipe.base)
 
-    models, found = {}, []
+    models, right, found = {}, {}, []
     names = ["base", *adapters]
     last = [name for name in names if "-" not in name][-1]  # no control
     for name in names:
@@ -58,7 +60,9 @@ def run_verify(recipe: Recipe, stage: Verify, run: RunFolder, adapters: list[str
             model.unload()  # gives the base its own layers back
         rows = [{"instance": task.to_json(i), "answer": a} for i, a in zip(instances, answers, strict=True)]
         _write_lines(folder / f"{name}.jsonl", rows)
-        models[name] = score(task, instances, answers).to_dict()
+        marks = mark_all(task, instances, answers)
+        models[name] = summarise(marks).to_dict()
+        right[name] = [mark.certificate_right for mark in marks]
 
     weights = "dense, de-quantised and merged" if recipe.base.dense_generation else "as loaded"
     heuristics = {name: result.to_dict() for name, result in heuristic_table(task, instances).items()}
@@ -67,6 +71,7 @@ def run_verify(recipe: Recipe, stage: Verify, run: RunFolder, adapters: list[str
         "instances": len(instances),
         "weights": weights,
         "models": models,
+        "changes": _changes(right),
         "heuristics": heuristics,
     }
     if found:
@@ -74,6 +79,21 @@ def run_verify(recipe: Recipe, stage: Verify, run: RunFolder, adapters: list[str
         result["checks"] = checks.write_report(found, folder / "rlvr_report.json", about)["checks"]
     write_atomic(folder / RESULT, json.dumps(result, indent=2).encode())
     run.finish("verify", certificate={name: value["certificate"]["value"] for name, value in models.items()})
+
+
+def _changes(right: dict[str, list[bool]]) -> list[dict[str, Any]]:
+    """How the certificates of a stage differ from those of the stage before it and of its control.
+
+    right: one flag an instance, the same instances for every model. The intervals are of a paired bootstrap.
+    """
+    stages = [name for name in right if "-" not in name]
+    pairs = [*zip(stages[:-1], stages[1:], strict=True)]
+    pairs += [(name, name.split("-")[0]) for name in right if "-" in name]
+    found = []
+    for before, after in pairs:
+        value, low, high = paired_difference(right[after], right[before])
+        found.append({"from": before, "to": after, "value": value, "low": low, "high": high, "n": len(right[after])})
+    return found
 
 
 def _checks(

@@ -19,28 +19,84 @@ from .heads import HeadSplit, pool
 from .probe import read_rhythm
 from .rhythm import Rhythm
 from .risk import Risk, risk_advantages, zero_groups
+from .shared_prompt import pack, refuse_leaks, shared_prefill
 
 _STATE_FILE = "token_credit.pt"
 
 
 class DenseRolloutGRPOTrainer(GRPOTrainer):
-    """`trl.GRPOTrainer`, unchanged but for the weights it samples with: see `krontune.adapters.dense_weights`.
+    """`trl.GRPOTrainer`, unchanged but for the weights it samples with, and, where asked, for prompts computed once.
 
-    The policy that samples and the one that learns are the same up to the rounding of one weight to bfloat16. With
-    vLLM, which holds its own weights, this class changes nothing.
+    The policy that samples and the one that learns are the same up to the rounding of one weight to bfloat16, see
+    `krontune.adapters.dense_weights`. With vLLM, which holds its own weights, sampling is untouched.
 
     Args:
         dense_rollouts: sample with dense weights.
+        share_prompts: compute the prompt that the completions of a group share once, in sampling and in each gradient
+            step, see `krontune.rl.shared_prompt`: the same results up to rounding. The gain is largest where a group
+            stays in one batch, `gradient_accumulation_steps=1`.
         All others: of `trl.GRPOTrainer`.
+
+    Raises:
+        RlError: `share_prompts` with a model in which completions on one line would see each other.
     """
 
-    def __init__(self, *args: Any, dense_rollouts: bool = True, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, dense_rollouts: bool = True, share_prompts: bool = False, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.dense_rollouts = dense_rollouts and not self.use_vllm
+        self.share_prompts = share_prompts
+        if share_prompts:
+            policy = self.accelerator.unwrap_model(self.model)
+            with _evaluating(policy), self.accelerator.autocast():
+                refuse_leaks(policy)
 
     def _generate_single_turn(self, *args: Any, **kwargs: Any) -> Any:
-        with dense_weights(self.accelerator.unwrap_model(self.model)) if self.dense_rollouts else nullcontext():
+        policy = self.accelerator.unwrap_model(self.model)
+        with (
+            dense_weights(policy) if self.dense_rollouts else nullcontext(),
+            shared_prefill(policy) if self.share_prompts and not self.use_vllm else nullcontext(),
+        ):
             return super()._generate_single_turn(*args, **kwargs)
+
+    def _get_per_token_logps_and_entropies(
+        self,
+        model: Any,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        logits_to_keep: int,
+        batch_size: int | None = None,
+        compute_entropy: bool = False,
+        compute_aux_loss: bool = False,
+        **others: Any,
+    ) -> Any:
+        plain = compute_aux_loss or any(value is not None for value in others.values())  # a router, or images
+        if not self.share_prompts or plain:
+            options = {"compute_entropy": compute_entropy, "compute_aux_loss": compute_aux_loss}
+            return super()._get_per_token_logps_and_entropies(
+                model, input_ids, attention_mask, logits_to_keep, batch_size, **options, **others
+            )
+        log_probs, entropies = [], []
+        size = batch_size or len(input_ids)
+        for ids, attended in zip(input_ids.split(size), attention_mask.split(size), strict=True):
+            prompt, completion = slice(None, -logits_to_keep), slice(-logits_to_keep, None)
+            packed = pack(
+                ids[:, prompt], attended[:, prompt], ids[:, completion], attended[:, completion], self._policy_dtype
+            )
+            with self.accelerator.autocast():
+                scored = model(
+                    input_ids=packed.input_ids,
+                    attention_mask=packed.mask,
+                    position_ids=packed.position_ids,
+                    shift_labels=packed.labels,
+                    fused_lm_head=True,
+                )
+            log_probs.append(scored.log_probs[packed.line[:, None], packed.places])  # (B, C)
+            entropies.append(scored.entropy[packed.line[:, None], packed.places] if compute_entropy else None)
+        return torch.cat(log_probs), torch.cat(entropies) if compute_entropy else None, None
+
+    @property
+    def _policy_dtype(self) -> torch.dtype:
+        return self.accelerator.unwrap_model(self.model).dtype
 
 
 class TokenCreditGRPOTrainer(DenseRolloutGRPOTrainer):

@@ -7,6 +7,7 @@ import importlib.resources
 import shutil
 import subprocess
 import sys
+import tarfile
 import tomllib
 import zipfile
 from pathlib import Path
@@ -123,22 +124,42 @@ def test_the_installed_package_finds_what_it_ships():
         assert (importlib.resources.files(package) / file).is_file()
 
 
-def test_a_wheel_holds_every_module_and_file_and_no_other_top_level_name(tmp_path):
-    setuptools = pytest.importorskip("setuptools", minversion="77")
-    assert setuptools
-    tree = tmp_path / "tree"
-    ignore = shutil.ignore_patterns("__pycache__", "*.egg-info")
-    for folder in ("adapters", "data_selection", "rl", "recipes", "src"):
-        shutil.copytree(ROOT / folder, tree / folder, ignore=ignore)
-    for file in ("pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / file, tree)
-    code = "from setuptools.build_meta import build_wheel; build_wheel('../wheel')"
+def build(what: str, tree: Path, out: Path) -> Path:
+    """The one file that setuptools builds from this tree."""
+    pytest.importorskip("setuptools", minversion="77")
+    code = f"from setuptools.build_meta import build_{what}; build_{what}({str(out)!r})"
     built = subprocess.run([sys.executable, "-c", code], cwd=tree, capture_output=True, text=True)
     assert built.returncode == 0, built.stderr
-    [wheel] = (tmp_path / "wheel").iterdir()
-    held = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
+    [file] = out.iterdir()
+    return file
+
+
+def clean_tree(to: Path) -> Path:
+    ignore = shutil.ignore_patterns("__pycache__", "*.egg-info")
+    for folder in ("adapters", "data_selection", "rl", "recipes", "src"):
+        shutil.copytree(ROOT / folder, to / folder, ignore=ignore)
+    for file in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / file, to)
+    return to
+
+
+def held_by(wheel: Path) -> set[str]:
+    return {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
+
+
+def test_a_wheel_holds_every_module_and_file_and_no_other_top_level_name(tmp_path):
     wanted = set()
     for package in SETUPTOOLS["packages"]:
         files = [file for file in folder_of(package).iterdir() if file.is_file()]
         wanted |= {f"{package.replace('.', '/')}/{file.name}" for file in files}
-    assert held == wanted
+    assert held_by(build("wheel", clean_tree(tmp_path / "tree"), tmp_path / "wheel")) == wanted
+
+
+def test_a_source_distribution_builds_the_same_wheel(tmp_path):
+    tree = clean_tree(tmp_path / "tree")
+    source = build("sdist", tree, tmp_path / "sdist")
+    with tarfile.open(source) as file:
+        file.extractall(tmp_path / "unpacked", filter="data")
+    [unpacked] = (tmp_path / "unpacked").iterdir()
+    found = held_by(build("wheel", unpacked, tmp_path / "from_source"))
+    assert found == held_by(build("wheel", tree, tmp_path / "wheel"))

@@ -72,6 +72,8 @@ def test_selected_data_teaches_the_answer_form(killed_and_continued):
     for scores in [*models.values(), *result["heuristics"].values()]:
         for rate in (scores["answer"], scores["certificate"], scores["gap"], scores["parse_failure"]):
             assert rate["n"] == 32 and rate["low"] <= rate["value"] <= rate["high"]
+    assert [(one["from"], one["to"]) for one in result["changes"]][1:] == [("sft", "rl"), ("sft-random", "sft")]
+    assert "certificate, after rl less after sft: " in said
     assert "after sft on the random control" in said and "heuristic: patience tails" in said
     losses = [line["loss"] for line in metrics(out, "sft") if "loss" in line]
     assert losses[-1] < losses[0] / 2

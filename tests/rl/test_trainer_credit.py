@@ -93,7 +93,7 @@ def make(out, credit=SHORT, kind=TokenCreditGRPOTrainer, model=None, peft_config
         "seed": 3,
     }
     ours = {} if kind is GRPOTrainer else {"credit": credit, "dense_rollouts": False}
-    rest = {name: options.pop(name) for name in ("risk", "rollout_func") if name in options}
+    rest = {name: options.pop(name) for name in ("risk", "rollout_func", "share_prompts") if name in options}
     return kind(
         model=model if model is not None else tiny_model(),
         args=GRPOConfig(output_dir=str(out), **(defaults | options)),
@@ -456,3 +456,31 @@ def test_a_run_that_is_continued_ends_like_an_unbroken_one(tmp_path):
 
 if __name__ == "__main__":
     run_of_this_process(sys.argv[1], int(sys.argv[2]))
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_training_with_shared_prompts_is_training_without(tmp_path, accumulation):
+    trained, logs = [], []
+    for shared in (False, True):
+        options = {"per_device_train_batch_size": 8 // accumulation, "gradient_accumulation_steps": accumulation}
+        trainer = make(
+            tmp_path / str(shared),
+            credit=SHORT,
+            peft_config=ADAPTERS["moka"],
+            share_prompts=shared,
+            temperature=0.7,
+            **options,
+        )
+        sizes = []
+        trainer.model.get_base_model().model.register_forward_pre_hook(
+            lambda _, args, given, to=sizes: to.append(given["input_ids"].numel()), with_kwargs=True
+        )
+        train(trainer)
+        trained.append([p.detach().clone() for p in trainer.model.parameters() if p.requires_grad])
+        lines = [log for log in trainer.state.log_history if "reward" in log]
+        logs.append([(line["reward"], line["entropy"], sum(sizes)) for line in lines])
+    for one, other in zip(*trained, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-5)
+    for (reward, entropy, plain), (same_reward, same_entropy, packed) in zip(*logs, strict=True):
+        assert same_reward == reward and same_entropy == pytest.approx(entropy, rel=1e-4)
+        assert accumulation > 1 or packed < plain  # accumulation parts the groups
