@@ -1,0 +1,227 @@
+"""Rows as token numbers and answer labels, and batches of them.
+
+The answer is what fine-tuning would train on: the completion of a prompt, the turns of the assistant, or all of a text.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from .texts import DataSelectionError
+
+IGNORED = -100
+# What processors return beside token numbers; a row may bring them ready-made.
+IMAGE_INPUTS = ("pixel_values", "pixel_attention_mask", "image_grid_thw", "image_sizes", "mm_token_type_ids")
+# The numbers of tokens that stand for an image or its borders, in the config of a model.
+IMAGE_TOKENS = ("image_token_id", "vision_start_token_id", "vision_end_token_id")
+
+
+@dataclass(frozen=True, eq=False)
+class Encoded:
+    """One row.
+
+    Args:
+        input_ids: (T,) int64.
+        labels: (T,) int64: the token where it belongs to the answer, else -100.
+        images: what the model takes beside tokens, as a processor returns it for a batch of one.
+    """
+
+    input_ids: torch.Tensor
+    labels: torch.Tensor
+    images: Mapping[str, torch.Tensor] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+    @property
+    def answers(self) -> int:
+        """How many answer tokens a model predicts; the first token of a row has nothing before it."""
+        return int((self.labels[1:] != IGNORED).sum())
+
+
+def encode(tokenizer: Any, row: Any, where: str, max_length: int | None = None) -> Encoded:
+    """One row as tokens and labels.
+
+    - A string or `text`: all of it is the answer, and ends with the end-of-text token.
+    - `prompt` and `completion`, both strings (the end-of-text token is added) or both lists of messages: the
+      completion is the answer. It starts where the tokens of the prompt alone and of both together part ways.
+    - `messages`: the turns of the assistant are the answer: what each turn adds to the turns before it.
+    - `input_ids`, with `labels`, or with `completion_mask` or `assistant_masks`; without them all is answer.
+    - `images` (or `image`) beside any of the first three, where `tokenizer` is a processor; or, beside `input_ids`,
+      what the model takes (`pixel_values`, ...).
+
+    Args:
+        tokenizer: a tokenizer, or for rows with images a processor.
+        row: as above.
+        where: names the row in error messages.
+        max_length: tokens to keep, from the start.
+
+    Raises:
+        DataSelectionError: the row is of no such form, the chat template is missing or rewrites earlier turns, or a row
+            with images is longer than `max_length`.
+    """
+    if isinstance(row, str):
+        row = {"text": row}
+    if not isinstance(row, Mapping):
+        raise DataSelectionError(f"{where}: {row!r} is a {type(row).__name__}; give strings or rows (mappings)")
+    if row.get("input_ids") is not None:
+        encoded = _ready_made(row, where)
+    else:
+        encoded = _from_text(tokenizer, row, where)
+    if max_length is None or len(encoded) <= max_length:
+        return encoded
+    if encoded.images:
+        raise DataSelectionError(
+            f"{where}: {len(encoded)} tokens with images, and max_length={max_length} would cut images apart; raise "
+            "max_length or leave the row out"
+        )
+    return Encoded(encoded.input_ids[:max_length], encoded.labels[:max_length])
+
+
+def without_images(row: Encoded, image_tokens: Sequence[int]) -> Encoded:
+    """The row as a model without eyes reads it: the tokens that stand for images are removed, not blanked."""
+    kept = ~torch.isin(row.input_ids, torch.tensor(list(image_tokens), dtype=torch.int64))
+    return Encoded(row.input_ids[kept], row.labels[kept])
+
+
+def image_tokens(model: Any) -> list[int]:
+    """The numbers of the tokens that stand for an image or its borders in a model."""
+    found = (getattr(model.config, name, None) for name in IMAGE_TOKENS)
+    return [number for number in found if isinstance(number, int)]
+
+
+def collate(rows: Sequence[Encoded], pad: int) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """A batch, padded on the right: the model's inputs and the labels (B, T).
+
+    Raises:
+        DataSelectionError: the rows' images do not fit in one tensor.
+    """
+    length = max(len(row) for row in rows)
+    inputs = {
+        "input_ids": torch.stack([_padded(row.input_ids, length, pad) for row in rows]),
+        "attention_mask": torch.stack([_padded(torch.ones_like(row.input_ids), length, 0) for row in rows]),
+    }
+    for name in dict.fromkeys(name for row in rows for name in row.images):
+        parts = [row.images[name] for row in rows if name in row.images]
+        if name == "mm_token_type_ids":
+            types = [row.images.get(name, torch.zeros(1, len(row), dtype=torch.int64))[0] for row in rows]
+            inputs[name] = torch.stack([_padded(part, length, 0) for part in types])
+        elif len({part.shape[1:] for part in parts}) > 1:
+            shapes = sorted({tuple(part.shape) for part in parts})
+            raise DataSelectionError(f"{name} of shapes {shapes} do not go in one batch; use batch_size=1")
+        else:
+            inputs[name] = torch.cat(parts)
+    return inputs, torch.stack([_padded(row.labels, length, IGNORED) for row in rows])
+
+
+def _padded(values: torch.Tensor, length: int, filler: int) -> torch.Tensor:
+    return torch.nn.functional.pad(values, (0, length - len(values)), value=filler)
+
+
+def _ready_made(row: Mapping[str, Any], where: str) -> Encoded:
+    ids = torch.as_tensor(row["input_ids"], dtype=torch.int64)
+    if row.get("labels") is not None:
+        labels = torch.as_tensor(row["labels"], dtype=torch.int64)
+    else:
+        labels = ids
+        for mask in ("completion_mask", "assistant_masks"):
+            if row.get(mask) is not None:
+                kept = torch.as_tensor(row[mask], dtype=torch.bool)
+                if kept.shape != ids.shape:
+                    raise DataSelectionError(f"{where}: {mask} has {len(kept)} entries for {len(ids)} input_ids")
+                labels = torch.where(kept, labels, IGNORED)
+    if ids.ndim != 1 or labels.shape != ids.shape:
+        raise DataSelectionError(f"{where}: input_ids {tuple(ids.shape)} and labels {tuple(labels.shape)} must be (T,)")
+    images = {name: torch.as_tensor(row[name]) for name in IMAGE_INPUTS if row.get(name) is not None}
+    return Encoded(ids, labels, images)
+
+
+def _from_text(tokenizer: Any, row: Mapping[str, Any], where: str) -> Encoded:
+    images = row.get("images") if row.get("images") is not None else row.get("image")
+    if images is not None and not isinstance(images, (list, tuple)):
+        images = [images]
+    words = getattr(tokenizer, "tokenizer", tokenizer)  # a processor holds its tokenizer
+    if images and words is tokenizer:
+        raise DataSelectionError(f"{where} has images; give score_samples the model's processor as tokenizer")
+    whole, spans, special = _whole_and_spans(tokenizer, words, row, where)
+    tokens = words(whole, add_special_tokens=special)["input_ids"]
+    labels = [IGNORED] * len(tokens)
+    for before, upto in spans:
+        start = _shared(words(before, add_special_tokens=special)["input_ids"], tokens) if before else 0
+        end = len(tokens) if upto == whole else _shared(words(upto, add_special_tokens=special)["input_ids"], tokens)
+        labels[start:end] = tokens[start:end]
+    ids = torch.tensor(tokens, dtype=torch.int64)
+    if not images:
+        return Encoded(ids, torch.tensor(labels, dtype=torch.int64))
+    return _with_images(tokenizer, whole, images, special, tokens, labels, where)
+
+
+def _with_images(
+    processor: Any, whole: str, images: Sequence[Any], special: bool, tokens: list[int], labels: list[int], where: str
+) -> Encoded:
+    """Images grow to many tokens in front of the answer, so the answer is counted from the end."""
+    batch = processor(text=[whole], images=list(images), add_special_tokens=special, return_tensors="pt")
+    ids = batch["input_ids"][0]
+    first = next((i for i, label in enumerate(labels) if label != IGNORED), len(labels))
+    tail = len(tokens) - first
+    if len(ids) < tail or ids[len(ids) - tail :].tolist() != tokens[first:]:
+        raise DataSelectionError(f"{where}: an image stands after the start of the answer; images must come before it")
+    grown = torch.full_like(ids, IGNORED)
+    if tail:
+        grown[-tail:] = torch.tensor(labels[first:], dtype=torch.int64)
+    return Encoded(ids, grown, {name: batch[name] for name in IMAGE_INPUTS if name in batch})
+
+
+def _whole_and_spans(
+    tokenizer: Any, words: Any, row: Mapping[str, Any], where: str
+) -> tuple[str, list[tuple[str, str]], bool]:
+    """The text of a row; for each answer the text before it and the text up to its end; and whether the tokenizer is to
+    add its own special tokens, which a chat template writes itself."""
+    end = words.eos_token or ""
+    prompt, completion = row.get("prompt"), row.get("completion")
+    if isinstance(row.get("text"), str):
+        whole = row["text"] + end
+        return whole, [("", whole)], True
+    if isinstance(prompt, str) and isinstance(completion, str):
+        whole = prompt + completion + end
+        return whole, [(prompt, whole)], True
+    if isinstance(prompt, (list, tuple)) and isinstance(completion, (list, tuple)):
+        messages = [*prompt, *completion]
+        whole = _rendered(tokenizer, messages, False, where)
+        return whole, [(_rendered(tokenizer, list(prompt), True, where), whole)], False
+    messages = row.get("messages")
+    if not isinstance(messages, (list, tuple)):
+        raise DataSelectionError(
+            f"{where}: no row to score in the columns {list(row)}; give 'text', 'messages', 'prompt' and 'completion' "
+            "(two strings or two lists of messages), or 'input_ids'"
+        )
+    messages = list(messages)
+    whole, spans = _rendered(tokenizer, messages, False, where), []
+    for i, message in enumerate(messages):
+        if not isinstance(message, Mapping) or message.get("role") != "assistant":
+            continue
+        upto = _rendered(tokenizer, messages[: i + 1], False, where)
+        if not whole.startswith(upto.rstrip()):
+            raise DataSelectionError(
+                f"{where}: the chat template rewrites turn {i} once later turns follow, so its answer tokens cannot be "
+                "told apart; give one row an answer, as 'prompt' and 'completion'"
+            )
+        spans.append((_rendered(tokenizer, messages[:i], True, where), upto))
+    return whole, spans, False
+
+
+def _rendered(tokenizer: Any, messages: list[Any], ask: bool, where: str) -> str:
+    try:
+        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=ask)
+    except Exception as error:  # a template raises what it likes: ValueError, jinja2's errors, KeyError
+        raise DataSelectionError(f"{where}: the chat template cannot render the row: {error}") from error
+
+
+def _shared(first: Sequence[int], second: Sequence[int]) -> int:
+    """How many tokens two sequences share from the start."""
+    for i, (one, other) in enumerate(zip(first, second, strict=False)):
+        if one != other:
+            return i
+    return min(len(first), len(second))
