@@ -12,12 +12,21 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .chunks import Chunks
     from .dsir import Dsir
+    from .pool_scoring import score_samples
     from .selection import Selection
+    from .store import Store
     from .texts import DataSelectionError
 
-__all__ = ["Chunks", "DataSelectionError", "Dsir", "Selection"]
+__all__ = ["Chunks", "DataSelectionError", "Dsir", "Selection", "Store", "score_samples"]
 
-_HOME = {"Chunks": ".chunks", "DataSelectionError": ".texts", "Dsir": ".dsir", "Selection": ".selection"}
+_HOME = {
+    "Chunks": ".chunks",
+    "DataSelectionError": ".texts",
+    "Dsir": ".dsir",
+    "Selection": ".selection",
+    "Store": ".store",
+    "score_samples": ".pool_scoring",
+}
 
 
 def __getattr__(name: str) -> Any:
