@@ -1,10 +1,10 @@
 """Scores and gradient vectors of a pool: score_samples beside the published loop of Adapt-inf.
 
-The published loop is written anew: LoRA on every layer, one sample at a time, a backward pass through all layers of which
-the last one's gradients are kept, cast to float16, and a dense random-sign projection to 8192 in blocks of 128, drawn
-again for every 16 samples. That projection is the one for a CPU; the published code takes a CUDA kernel where it is
-installed, which is why the rows without a projection are listed too. Both sides give NLL, EL2N, entropy and GraNd, which
-are compared. Times are CPU seconds of one run on one thread, since the machine is shared.
+The published loop is written anew: LoRA on every layer, one sample at a time, a backward pass through all layers of
+which the last one's gradients are kept, cast to float16, and a dense random-sign projection to 8192 in blocks of 128,
+drawn again for every 16 samples. That projection is the one for a CPU; the published code takes a CUDA kernel where it
+is installed, which is why the rows without a projection are listed too. Both sides give NLL, EL2N, entropy and GraNd,
+which are compared. Times are CPU seconds of one run on one thread, since the machine is shared.
 
     python benchmarks/adapt_speed.py [--samples 32] [--length 128]
 """

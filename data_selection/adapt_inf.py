@@ -174,7 +174,7 @@ class AdaptInf:
         rows = np.flatnonzero(usable)
         if not len(rows):
             raise DataSelectionError("no row of the store has an answer token; there is nothing to pick from")
-        units = units[rows]
+        units = units if len(rows) == len(units) else units[rows]
         if self.legacy:
             k = published.CLUSTERS if self.clusters == "auto" else self.clusters
             return _Pool(rows, units, published.cluster(units, min(k, len(units)), seed))

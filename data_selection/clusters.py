@@ -30,10 +30,13 @@ class Clusters(NamedTuple):
 
 def unit_rows(vectors: NDArray[np.generic]) -> Floats:
     """(N, d) scaled to unit length, float32; a row of zeros stays one."""
-    found = np.array(vectors, np.float32)
-    # Scaled before it is squared: the squares of a small gradient are too small for float32.
-    found /= np.maximum(np.abs(found).max(axis=1, keepdims=True, initial=0), np.finfo(np.float32).tiny)
-    return found / np.maximum(np.linalg.norm(found, axis=1, keepdims=True), np.finfo(np.float32).tiny)
+    found, least = np.empty(vectors.shape, np.float32), np.finfo(np.float32).tiny
+    for first in range(0, len(vectors), ROWS_AT_ONCE):
+        part = np.array(vectors[first : first + ROWS_AT_ONCE], np.float32)
+        # Scaled before it is squared: the squares of a small gradient are too small for float32.
+        part /= np.maximum(np.abs(part).max(axis=1, keepdims=True, initial=0), least)
+        found[first : first + ROWS_AT_ONCE] = part / np.maximum(np.linalg.norm(part, axis=1, keepdims=True), least)
+    return found
 
 
 def cluster(units: Floats, k: int | None, seed: int, min_size: int) -> Clusters:

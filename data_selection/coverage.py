@@ -128,6 +128,7 @@ def similarity_to_earlier(units: NDArray[np.float32], rows_at_once: int = 1024) 
     for first in range(0, len(units), rows_at_once):
         block = units[first : first + rows_at_once]
         cosines = block @ units[: first + len(block)].T
-        earlier = np.arange(first + len(block))[None] < np.arange(first, first + len(block))[:, None]
-        found[first : first + len(block)] = np.where(earlier, cosines, -1.0).max(axis=1)
+        own = cosines[:, first:]
+        own[np.triu_indices(len(block))] = -1.0  # a row itself and those after it
+        found[first : first + len(block)] = cosines.max(axis=1)
     return found

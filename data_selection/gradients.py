@@ -68,7 +68,6 @@ def plan_gradients(model: Any, layers: Layers) -> Plan:
         DataSelectionError: the adapter is of another kind, there is none in a layer asked for, it is merged, or a
             factor is zero, so that the gradients of its partner are zero for every sample.
     """
-    keep_trainable_layout(model)
     adapter = _active_adapter(model)
     decoder = model.get_base_model().get_decoder()
     stack = next((child for child in decoder.children() if isinstance(child, nn.ModuleList)), None)
@@ -185,6 +184,7 @@ def scoring_mode(model: nn.Module) -> Iterator[None]:
         DataSelectionError: checkpointing is reentrant, or bitsandbytes has repacked the weights.
     """
     _check_packing(model)
+    keep_trainable_layout(model)
     modes = {module: module.training for module in model.modules()}
     wanted = {parameter: parameter.requires_grad for parameter in model.parameters()}
     try:
