@@ -7,6 +7,7 @@ from .base import BaseModelError, load_base
 from .config import AdapterError, MokaConfig
 from .dense import dense_weights
 from .export import export_merged
+from .kronecker import use_fused
 from .layer import MokaLayer
 from .linear import MokaLinear
 from .model import MokaModel
@@ -25,4 +26,5 @@ __all__ = [
     "export_merged",
     "load_base",
     "register",
+    "use_fused",
 ]

@@ -13,8 +13,10 @@ Products of equal shape share two matrix products: the sum over products is abso
 second one, the gates by a factor. `arrange` says how.
 """
 
+import sys
 from collections.abc import Iterable, Sequence
 from functools import reduce
+from importlib.util import find_spec
 from math import log
 from typing import Any, NamedTuple
 
@@ -28,6 +30,24 @@ _LARGEST_TO_SMALLEST = 2.0
 # costs twice one product with a copy before and after it; larger slices fall out of the second-level cache.
 _NARROW = 16
 _SLICE_BYTES = 2**20
+
+_fused = False
+
+
+def use_fused(on: bool = True) -> None:
+    """Compute Kronecker sums with the Triton kernels of `fused.py`, in this process, from the next forward pass on.
+
+    Off at the start: the kernels are verified in Triton's interpreter and not timed on a GPU. They take CUDA tensors in
+    float32, bfloat16 and float16, and raise a RuntimeError elsewhere. They are used at any number of rows. Under
+    `torch.compile`, and for MoKA_s, the switch changes nothing.
+
+    Raises:
+        RuntimeError: Triton is not installed.
+    """
+    global _fused
+    if on and find_spec("triton") is None:
+        raise RuntimeError("the fused kernels need Triton, which is not installed: pip install 'triton>=3.4'")
+    _fused = on
 
 
 def balanced_shapes(n_out: int, n_in: int, n_shapes: int) -> list[tuple[int, int]]:
@@ -94,6 +114,7 @@ def kron_stacks(
     For many rows of x the matrix itself is cheaper than its factored products, and is built then. Through the factors,
     the backward pass keeps x and the factors alone and computes the rest again; it can be taken once, and
     create_graph=True is refused with a RuntimeError. Under `torch.compile` the same products are left to the compiler.
+    `use_fused` has them computed by Triton kernels, never through the matrix.
     """
     device = x.device.type
     if torch.is_autocast_enabled(device):
@@ -101,14 +122,15 @@ def kron_stacks(
         x, a, b = x.to(dtype), [a_k.to(dtype) for a_k in a], [b_k.to(dtype) for b_k in b]
     with torch.autocast(device, enabled=False):
         rows = x.reshape(x.shape[:-1].numel(), x.shape[-1])  # (N, n_in)
-        if weight_is_cheaper(rows.shape[0], a, b):
+        fused = _fused and not torch.compiler.is_compiling()
+        if not fused and weight_is_cheaper(rows.shape[0], a, b):
             y = rows @ sum_all(kron_weight(*group) for group in zip(a, b, gates, strict=True)).T
         elif torch.compiler.is_compiling():
             y = sum_all(kron_group(rows, *group) for group in zip(a, b, gates, strict=True))
         else:
             groups = [arrange(*group) for group in zip(a, b, gates, strict=True)]
             factors = [factor for left, right, _ in groups for factor in (left, right)]
-            y = _KronSum.apply(rows, [order for _, _, order in groups], *factors)
+            y = _KronSum.apply(rows, [order for _, _, order in groups], fused, *factors)
     return y.reshape(*x.shape[:-1], y.shape[-1])
 
 
@@ -245,17 +267,14 @@ def left_gradient(grad: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
 
 
 class _KronSum(torch.autograd.Function):
-    """The sum over all shapes, a slice of rows at a time; keeps its inputs for the backward pass and nothing else."""
+    """The sum over all shapes; keeps its inputs for the backward pass and nothing else."""
 
     @staticmethod
-    def forward(ctx: Any, rows: torch.Tensor, orders: list[Order], *factors: torch.Tensor) -> torch.Tensor:
+    def forward(ctx: Any, rows: torch.Tensor, orders: list[Order], fused: bool, *factors: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(rows, *factors)
-        ctx.orders = orders
+        ctx.orders, ctx.fused = orders, fused
         y = rows.new_zeros(rows.shape[0], orders[0].m_a * orders[0].m_b)
-        size = slice_size(rows)
-        for x, part in zip(rows.split(size), y.split(size), strict=True):
-            for left, right, order in zip(factors[::2], factors[1::2], orders, strict=True):
-                add_group(part, x, left, right, order)
+        _engine(fused, rows).add_sum(y, rows, factors, orders)
         return y
 
     @staticmethod
@@ -266,21 +285,59 @@ class _KronSum(torch.autograd.Function):
                 "or take the matrix from kron_weight() and multiply by it"
             )
         rows, *factors = ctx.saved_tensors
-        size, wanted = slice_size(rows), ctx.needs_input_grad[0]
-        grad_rows = torch.zeros_like(rows)  # not filled where x needs no gradient
-        # Slices are summed in float32, where the dtype of x would lose digits from sum to sum.
-        sums = [
-            torch.zeros(f.shape, dtype=torch.promote_types(f.dtype, torch.float32), device=f.device) for f in factors
-        ]
-        slices = zip(grad_outputs[0].contiguous().split(size), rows.split(size), grad_rows.split(size), strict=True)
+        grad = grad_outputs[0].contiguous()
         with torch.autocast(rows.device.type, enabled=False):
-            for g, x, grad_x in slices:
-                for i, order in enumerate(ctx.orders):
-                    parts = group_gradients(g, x, factors[2 * i], factors[2 * i + 1], order, grad_x if wanted else None)
-                    for total, part in zip(sums[2 * i : 2 * i + 2], parts, strict=True):
-                        total.add_(part)
-        grads = [total.to(f.dtype) for total, f in zip(sums, factors, strict=True)]
-        return grad_rows if wanted else None, None, *grads
+            grad_rows, totals = _engine(ctx.fused, rows).sum_gradients(
+                grad, rows, factors, ctx.orders, ctx.needs_input_grad[0]
+            )
+        return grad_rows, None, None, *(total.to(f.dtype) for total, f in zip(totals, factors, strict=True))
+
+
+def _engine(fused: bool, x: torch.Tensor) -> Any:
+    """What computes the two passes: this module, or the Triton kernels, which take the same arguments."""
+    if not fused:
+        return sys.modules[__name__]
+    from . import fused as kernels
+
+    kernels.check_can_run(x)
+    return kernels
+
+
+def add_sum(y: torch.Tensor, x: torch.Tensor, factors: Sequence[torch.Tensor], orders: Sequence[Order]) -> None:
+    """Add every product of every shape to y (N, n_out), in place, a slice of rows at a time.
+
+    Args:
+        y: (N, n_out).
+        x: (N, n_in).
+        factors: left and right of each shape in turn, as `arrange` lays them out.
+        orders: one a shape.
+    """
+    size = slice_size(x)
+    for part, onto in zip(x.split(size), y.split(size), strict=True):
+        for left, right, order in zip(factors[::2], factors[1::2], orders, strict=True):
+            add_group(onto, part, left, right, order)
+
+
+def sum_gradients(
+    grad: torch.Tensor, x: torch.Tensor, factors: Sequence[torch.Tensor], orders: Sequence[Order], wanted: bool
+) -> tuple[torch.Tensor | None, list[torch.Tensor]]:
+    """The backward pass of `add_sum`: grad (N, n_out) is that of y.
+
+    Returns:
+        The gradient of x (N, n_in), or None where it is not wanted, and those of the factors in float32 or above.
+    """
+    size = slice_size(x)
+    grad_x = torch.zeros_like(x) if wanted else None
+    # Slices are summed in float32, where the dtype of x would lose digits from sum to sum.
+    sums = [torch.zeros(f.shape, dtype=torch.promote_types(f.dtype, torch.float32), device=f.device) for f in factors]
+    for start in range(0, x.shape[0], size):
+        g, part = grad[start : start + size], x[start : start + size]
+        onto = None if grad_x is None else grad_x[start : start + size]
+        for i, order in enumerate(orders):
+            parts = group_gradients(g, part, factors[2 * i], factors[2 * i + 1], order, onto)
+            for total, own in zip(sums[2 * i : 2 * i + 2], parts, strict=True):
+                total.add_(own)
+    return grad_x, sums
 
 
 def slice_size(rows: torch.Tensor) -> int:
