@@ -27,7 +27,9 @@ SIZES = {
 
 def llama(attention="eager") -> Any:
     torch.manual_seed(0)
-    return LlamaForCausalLM(LlamaConfig(**SIZES, attn_implementation=attention)).eval()
+    model: Any = LlamaForCausalLM(LlamaConfig(**SIZES)).eval()
+    model.set_attn_implementation(attention)
+    return model
 
 
 def padded(parts, side, width):
