@@ -78,7 +78,10 @@ def faults_from_validation(error: ValidationError, document: "Document", model: 
         if finding.wrong and finding.labelled:
             if finding.path in deeper or not all(rival.wrong for rival in rivals):
                 continue  # another member of the union takes such a value, and says what is wrong in it
-            wrong = " or ".join(dict.fromkeys(rival.wrong for rival in rivals))
+            names = dict.fromkeys(rival.wrong for rival in rivals)
+            if "a number" in names:
+                names.pop("a whole number", None)
+            wrong = " or ".join(names)
             finding = dataclasses.replace(finding, wrong=wrong, hint="")
         faults.append(Fault(document.where(finding.path), finding.sentence()))
     return list(dict.fromkeys(faults))

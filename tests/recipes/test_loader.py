@@ -110,7 +110,7 @@ def test_all_faults_come_at_once_with_file_line_and_column(faults_of):
         "r:9:30: puzzles.0: 'liss' is unknown; allowed: 'sorting', 'arithmetic', 'scheduling', 'lis'; "
         "did you mean 'lis'?",
         "r:9:37: size: must be greater than or equal to 1, got 0",
-        "r:10:3: k: 'many' is not a whole number",
+        "r:10:3: k: 'many' is not a number",
         "r:11:3: stage 'sfd' is unknown; allowed: 'select', 'sft', 'rl', 'verify'; did you mean 'sft'?",
         "r:13:13: r: 2.5 is not a whole number",
         "r:13:21: unknown key 'max_steps'; it belongs under stages.2.trainer",
@@ -301,5 +301,5 @@ def test_the_schema_accepts_the_shipped_recipes_and_refuses_slips():
 
 def test_the_schema_explains_keys():
     definitions = json.loads(recipe_schema())["$defs"]
-    assert definitions["Select"]["properties"]["k"]["description"] == "How many rows to pick."
+    assert definitions["Select"]["properties"]["k"]["description"] == "How many rows to pick, or which share of the pool."
     assert "learning rate" in definitions["SftTrainerArgs"]["properties"]["learning_rate"]["description"].lower()
