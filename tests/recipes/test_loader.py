@@ -301,5 +301,7 @@ def test_the_schema_accepts_the_shipped_recipes_and_refuses_slips():
 
 def test_the_schema_explains_keys():
     definitions = json.loads(recipe_schema())["$defs"]
-    assert definitions["Select"]["properties"]["k"]["description"] == "How many rows to pick, or which share of the pool."
+    assert (
+        definitions["Select"]["properties"]["k"]["description"] == "How many rows to pick, or which share of the pool."
+    )
     assert "learning rate" in definitions["SftTrainerArgs"]["properties"]["learning_rate"]["description"].lower()
