@@ -1,4 +1,4 @@
-"""One adapted layer on a few tokens without gradients, as in generation: MoKA, and MoKA in `dense_weights`, beside LoRA.
+"""One adapted layer on a few tokens without gradients, as in generation: MoKA, also in `dense_weights`, beside LoRA.
 
 "added" is the time over the frozen base; dense weights replace base and adapter by one matrix, so that theirs is about
 zero. The base weight is not quantised.
