@@ -139,8 +139,9 @@ def test_outputs_are_bit_identical_and_nothing_stays_behind(attention, settled):
         assert rhythms[2].waad.shape == (3, 2, 50) and rhythms[2].fai.shape == (3, 0, 50)
 
 
-def test_settled_heads_read_as_among_all():
-    model = tiny()
+@pytest.mark.parametrize(("kind", "options"), [("Llama", {}), ("Mistral", {"sliding_window": 7})])
+def test_settled_heads_read_as_among_all(kind, options):
+    model = tiny(kind, **options)
     ids, attended, response = batch()
     every = read_rhythm(model, ids, attended, response, [1, 3], **OPTIONS)
     heads = split_heads({layer: rhythm.span.mean(0) for layer, rhythm in every.items()})
