@@ -4,12 +4,17 @@
 Times are medians of interleaved runs on one thread; memory is the rise of the process's peak above its resident size
 before the call, each contender in a process of its own. The second table is SmolLM2-135M in bfloat16 with MoKA, four
 rows of 64 prompt and 512 response tokens: the credit pass (five layers, stopped early), a forward, a training step.
+The third is a whole step of GRPO, sampling included, on the same model, one prompt with `--rows` completions of 512
+tokens, in CPU seconds of the process.
 
-    python benchmarks/credit_overhead.py [longest T, 0 for the second table alone]
+    python benchmarks/credit_overhead.py [layers passes steps] [--longest T] [--rows N]
 """
 
+import argparse
 import multiprocessing as mp
-import sys
+import tempfile
+import time
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -144,10 +149,97 @@ def passes() -> None:
     show("SmolLM2-135M, 4 x 576 tokens, median of 3", ["what", "s", "x step"], rows)
 
 
+def steps(rows: int) -> None:
+    """One step with credit, whose pass measures spans, the pass of settled heads over the same batch, one without."""
+    from datasets import Dataset
+    from peft import get_peft_model
+    from transformers import PrinterCallback
+    from trl import GRPOConfig
+
+    from krontune.adapters import MokaConfig, load_base
+    from krontune.rl import TokenCredit, TokenCreditGRPOTrainer
+
+    class Timed(TokenCreditGRPOTrainer):
+        """Notes the CPU seconds of sampling, of each credit pass and of the step."""
+
+        def __init__(self, *args: Any, **options: Any) -> None:
+            super().__init__(*args, **options)
+            self.seconds: dict[str, list[float]] = {"sampling": [], "credit": [], "step": []}
+            self.batch: dict[str, Any] = {}
+
+        def _noted(self, name: str, call: Any) -> Any:
+            start = time.process_time()
+            result = call()
+            self.seconds[name].append(time.process_time() - start)
+            print(name, f"{self.seconds[name][-1]:.1f} s", flush=True)
+            return result
+
+        def _generate_single_turn(self, *args: Any, **options: Any) -> Any:
+            return self._noted("sampling", lambda: super(Timed, self)._generate_single_turn(*args, **options))
+
+        def _gamma(self, batch: dict[str, Any]) -> torch.Tensor:
+            self.batch = dict(batch)
+            return self._noted("credit", lambda: super(Timed, self)._gamma(batch))
+
+        def training_step(self, *args: Any, **options: Any) -> torch.Tensor:
+            return self._noted("step", lambda: super(Timed, self).training_step(*args, **options))
+
+    def one(strategy: str) -> dict[str, list[float]]:
+        base, tokenizer = load_base("smollm2-135m", quantization=None)
+        model = get_peft_model(base, MokaConfig(r=10, target_modules="all-linear", task_type="CAUSAL_LM"))
+        with tempfile.TemporaryDirectory() as folder:
+            trainer = Timed(
+                credit=TokenCredit(strategy=strategy, credit_truncated=True),
+                model=model,
+                args=GRPOConfig(
+                    output_dir=folder,
+                    max_steps=1,
+                    per_device_train_batch_size=rows,
+                    num_generations=rows,
+                    max_completion_length=512,
+                    generation_kwargs={"min_new_tokens": 512},
+                    gradient_checkpointing=False,
+                    use_cpu=True,
+                    report_to="none",
+                    save_strategy="no",
+                    disable_tqdm=True,
+                    seed=0,
+                ),
+                # No two alike, so that every row has an advantage and is read.
+                reward_funcs=lambda completions, **_: [float(at) for at in range(len(completions))],
+                train_dataset=Dataset.from_dict({"prompt": ["the quick brown fox jumps over the lazy dog and " * 6]}),
+                processing_class=tokenizer,
+            )
+            trainer.remove_callback(PrinterCallback)
+            trainer.train()
+        if strategy != "off":
+            trainer._gamma(trainer.batch)
+        return trainer.seconds
+
+    on, off = one("coupled"), one("off")
+    base, lines = off["step"][0], []
+    lines.append(["off", f"{off['sampling'][0]:.1f}", "", f"{base:.1f}", ""])
+    for name, credit in zip(("all heads, with spans", "settled heads"), on["credit"], strict=True):
+        step = on["step"][0] - on["credit"][0] + credit
+        cells = (on["sampling"][0], credit, step)
+        lines.append([name, *(f"{value:.1f}" for value in cells), f"{credit / (step - credit):.1%}"])
+    title = f"whole GRPO step, {rows} x 512 tokens, CPU seconds of one thread"
+    show(title, ["credit", "sampling", "credit pass", "step", "pass / rest of the step"], lines)
+
+
 def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("tables", nargs="*", default=["layers", "passes", "steps"], help="layers, passes, steps")
+    parser.add_argument("--longest", type=int, default=max(LENGTHS))
+    parser.add_argument("--rows", type=int, default=8)
+    options = parser.parse_args()
     torch.set_num_threads(1)
-    layers(int(sys.argv[1]) if len(sys.argv) > 1 else max(LENGTHS))
-    passes()
+    if "layers" in options.tables:
+        layers(options.longest)
+    if "passes" in options.tables:
+        passes()
+    if "steps" in options.tables:
+        steps(options.rows)
 
 
 if __name__ == "__main__":

@@ -103,8 +103,9 @@ class TokenCreditGRPOTrainer(DenseRolloutGRPOTrainer):
     """GRPO whose advantages differ from token to token, by what the policy's own attention says about them.
 
     After TRL has sampled and scored a batch, one more forward over prompts and completions, up to the last layer read,
-    gives WAAD and FAI; `token_credit` turns them into gamma (B, T), and the advantages become A_i gamma_it. Gamma is
-    found once for a sampled batch, as in the paper, and used in all gradient steps on it. Evaluation is untouched.
+    gives WAAD and FAI; `token_credit` turns them into gamma (B, T), and the advantages become A_i gamma_it. Responses
+    whose advantage is 0 or not of the sign that is credited are left out of it. Gamma is found once for a sampled
+    batch, as in the paper, and used in all gradient steps on it. Evaluation is untouched.
 
     Args:
         credit: the rule; None for the defaults, `TokenCredit(strategy="off")` for none.
@@ -112,10 +113,11 @@ class TokenCreditGRPOTrainer(DenseRolloutGRPOTrainer):
             advantages are then centred and not divided by a standard deviation.
         All others: of `DenseRolloutGRPOTrainer`.
 
-    Logs `credit/gamma_mean`, `credit/share` (of the model's tokens, those with a gamma other than 1),
-    `credit/responses` (those with any such token), `credit/fai_share` (of the tokens, those with an FAI),
-    `credit/head_turnover`, `credit/cosine` where `credit.cosine_every` asks for it, and `risk/zero_groups`. The mean
-    of gamma is about 1.2, and so is the gradient's norm: `max_grad_norm` bites earlier and a `beta` counts for less.
+    Logs, over all of the model's tokens, `credit/gamma_mean`, `credit/share` (with a gamma other than 1) and
+    `credit/fai_share` (with an FAI that was read); `credit/responses` (those with any token of a gamma other than 1),
+    `credit/head_turnover`, `credit/cosine` where `credit.cosine_every` asks for it, and `risk/zero_groups`. Where all
+    responses are credited the mean of gamma is about 1.2, and the gradient's norm grows alike: `max_grad_norm` bites
+    earlier and a `beta` counts for less.
 
     Raises:
         RlError: settings that would erase token credit without a word, or that it was not made for: sequence-level

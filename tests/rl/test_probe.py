@@ -26,6 +26,7 @@ KINDS = {
     "mistral with window": ("Mistral", {"sliding_window": 7}),
     "gemma": ("Gemma", {}),
     "gemma3, layers with and without window": ("Gemma3Text", {"sliding_window": 7}),
+    "smollm3, layers with and without rotary embedding": ("SmolLM3", {"bos_token_id": 1, "eos_token_id": 2}),
 }
 OPTIONS = {"window": 5, "horizon": (2, 20)}
 
@@ -84,6 +85,41 @@ def test_the_probe_reads_what_output_attentions_gives(kind, attention):
     assert_reads_the_weights(tiny(name, attention, **options), [0, 1, 2, 3], atol=2e-4)
 
 
+@pytest.mark.filterwarnings("ignore:flex_attention called without")
+def test_flex_attention_is_read():
+    with torch.compiler.set_stance("force_eager"):
+        assert_reads_the_weights(tiny(attention="flex_attention"), [0, 1, 2, 3], atol=2e-4)
+
+
+def two_dimensional(module, q, k, v, mask, scaling=None, **_):
+    """In the place of flash attention, which needs a GPU: like it, it gets a mask (B, T) or none."""
+    assert mask is None or mask.ndim == 2
+    seen = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool).tril()[None, None]
+    seen = seen if mask is None else seen & mask[:, None, None].bool()
+    seen = seen | torch.eye(q.shape[2], dtype=torch.bool)  # a row of padding sees itself, or it would be nan
+    output = torch.nn.functional.scaled_dot_product_attention(q, k, v, seen, scale=scaling, enable_gqa=True)
+    return output.transpose(1, 2).contiguous(), None
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_what_flash_attention_gets_stays_as_it_is_and_is_read(padded, monkeypatch):
+    model = tiny()
+    ids, attended, response = batch()
+    attended = attended if padded else torch.ones_like(attended)
+    response = response * attended
+    expected = read_rhythm(model, ids, attended, response, [1, 2], **OPTIONS)
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, "flash_attention_2", two_dimensional)
+    model.config._attn_implementation = "flash_attention_2"
+    with torch.no_grad():
+        plain = model(input_ids=ids, attention_mask=attended).logits
+    masks = {"response_mask": response, "attention_mask": attended}
+    with probe(model, [1, 2], **masks, **OPTIONS) as rhythms:
+        assert torch.equal(model(input_ids=ids, attention_mask=attended).logits, plain)
+    for layer, rhythm in rhythms.items():
+        torch.testing.assert_close(rhythm.waad, expected[layer].waad, rtol=0, atol=1e-4)
+        torch.testing.assert_close(rhythm.fai, expected[layer].fai, rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("settled", [False, True])
 def test_outputs_are_bit_identical_and_nothing_stays_behind(attention, settled):
@@ -103,8 +139,9 @@ def test_outputs_are_bit_identical_and_nothing_stays_behind(attention, settled):
         assert rhythms[2].waad.shape == (3, 2, 50) and rhythms[2].fai.shape == (3, 0, 50)
 
 
-def test_settled_heads_read_as_among_all():
-    model = tiny()
+@pytest.mark.parametrize(("kind", "options"), [("Llama", {}), ("Mistral", {"sliding_window": 7})])
+def test_settled_heads_read_as_among_all(kind, options):
+    model = tiny(kind, **options)
     ids, attended, response = batch()
     every = read_rhythm(model, ids, attended, response, [1, 3], **OPTIONS)
     heads = split_heads({layer: rhythm.span.mean(0) for layer, rhythm in every.items()})

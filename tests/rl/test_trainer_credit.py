@@ -17,6 +17,7 @@ from peft import LoraConfig
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from trl import GRPOConfig, GRPOTrainer
+from trl.trainer.grpo_trainer import shuffle_sequence_dict, split_tensor_dict
 
 from krontune.adapters import MokaConfig, load_base
 from krontune.rl import trainer as trainer_module
@@ -164,6 +165,14 @@ def test_trl_still_hands_over_a_batch_of_these_keys_and_shapes(tmp_path):
     assert trainer.eos_token_ids == [2] and trainer.temperature == 1.0 and trainer.num_generations == 4
     assert list(trainer._logs["advantages"])[-4:] == batch["advantages"][-4:].tolist()
     assert "reward" in trainer._metrics["train"] and len(trainer.reward_weights) == 1
+
+
+def test_trl_still_moves_the_rows_of_all_tensors_together():
+    ids = torch.arange(8 * 5).view(8, 5)
+    batch = {"completion_ids": ids, "advantages": ids.float(), "num_items_in_batch": torch.tensor(40)}
+    parts = split_tensor_dict(shuffle_sequence_dict(batch), 4)
+    assert len(parts) == 4 and all(torch.equal(part["advantages"], part["completion_ids"].float()) for part in parts)
+    assert torch.equal(torch.cat([part["completion_ids"] for part in parts]).sort(0).values, ids)
 
 
 @pytest.mark.parametrize("loss_type", ["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "vespo"])
