@@ -14,7 +14,7 @@ from .errors import RlError
 def generate(
     model: Any,
     tokenizer: Any,
-    prompts: Sequence[str],
+    prompts: Sequence[str | list[dict[str, str]]],
     *,
     max_new_tokens: int,
     batch_size: int = 64,
@@ -23,8 +23,9 @@ def generate(
     temperature: float = 0.0,
     seed: int = 0,
     starts: Sequence[str] | None = None,
+    chat: bool = True,
 ) -> list[str]:
-    """Answers, each to one user message, rendered with the model's chat template.
+    """Answers to prompts, each a user message or a list of messages, rendered with the model's chat template.
 
     Args:
         max_new_tokens: where an answer is cut.
@@ -34,6 +35,7 @@ def generate(
         temperature: 0 answers greedily; above it, samples are drawn from the whole distribution.
         seed: of the samples; the caller's random state is left as it was.
         starts: the beginning of each answer, to be continued. What is returned is the rest.
+        chat: False takes prompts as plain text to be continued, without the template.
 
     Returns:
         One text a prompt, without special tokens.
@@ -55,10 +57,9 @@ def generate(
             torch.manual_seed(seed)
             for start in range(0, len(prompts), batch_size):
                 part = slice(start, start + batch_size)
-                chats = [[{"role": "user", "content": p}] for p in prompts[part]]
-                asked = tokenizer.apply_chat_template(chats, add_generation_prompt=True, tokenize=False)
+                asked = _rendered(tokenizer, prompts[part]) if chat else prompts[part]
                 texts = [text + begun for text, begun in zip(asked, starts[part], strict=True)]
-                batch = tokenizer(texts, add_special_tokens=False, padding=True, return_tensors="pt").to(device)
+                batch = tokenizer(texts, add_special_tokens=not chat, padding=True, return_tensors="pt").to(device)
                 ids = model.generate(
                     **batch, max_new_tokens=max_new_tokens, **(drawn if temperature else greedy)
                 )  # (batch, prompt + new)
@@ -70,3 +71,9 @@ def generate(
         tokenizer.padding_side = side
         model.train(was_training)
     return answers
+
+
+def _rendered(tokenizer: Any, prompts: Sequence[str | list[dict[str, str]]]) -> list[str]:
+    """The text of each conversation, up to where the assistant begins."""
+    chats = [[{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt for prompt in prompts]
+    return tokenizer.apply_chat_template(chats, add_generation_prompt=True, tokenize=False)
