@@ -226,7 +226,7 @@ def main() -> None:
     parser.add_argument("--instances", type=int, default=96)
     parser.add_argument("--sampled", type=int, default=32)
     parser.add_argument("--samples", type=int, default=4)
-    parser.add_argument("--mirrored", type=int, default=24, help="instances of symmetry, and of each size of the ladder")
+    parser.add_argument("--mirrored", type=int, default=24, help="instances of symmetry and of each size")
     parser.add_argument("--table", action="store_true", help="print the finished tasks and stop")
     options = parser.parse_args()
     transformers.utils.logging.disable_progress_bar()

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .compare import publish
 from .faults import RecipeError
 from .preflight import check
 from .rl import run_rl
@@ -59,6 +60,7 @@ def run(recipe: Recipe, out_dir: str | Path | None = None, say: Callable[[str], 
             seconds = folder.record["stages"][name]["seconds"]
             say(f"{name}: done in {seconds:.0f} s")
         _publish_adapter(recipe, folder)
+        publish(folder.path)
         return Run(folder.path, folder.record)
 
 

@@ -73,8 +73,7 @@ class Model:
             return json.loads(file.read_text(encoding="utf-8"))
         model, tokenizer = self.loaded
         if room:
-            longest = max(len(tokenizer(text)["input_ids"]) for text in room)
-            settings["max_new_tokens"] = max(self.stage.max_new_tokens, longest + SPARE)
+            settings["max_new_tokens"] = max(self.stage.max_new_tokens, longest_in_tokens(tokenizer, room) + SPARE)
         progress = Progress(f"verify {self.name}, {label}", len(prompts), "answer")
         said = generate(
             model,
@@ -104,3 +103,7 @@ class Model:
     ) -> "Model":
         """The base, or what the training stage of this name saved."""
         return cls(name, recipe, stage, None if name == "base" else run / name / ADAPTER, answers, base)
+
+
+def longest_in_tokens(tokenizer: Any, texts: Sequence[str]) -> int:
+    return max(len(tokenizer(text)["input_ids"]) for text in texts)

@@ -68,11 +68,9 @@ def read_run(path: str | Path) -> RunFiles:
     return RunFiles(path, record, yaml.safe_load(text), text, list(_metrics(path)), verify, report)
 
 
-def write_run_report(path: Path) -> dict[str, Any]:
-    """Write the run's rlvr_report.json from its stages' own, and return it."""
-    report = read_run(path).report
-    write_atomic(path / REPORT_JSON, (json.dumps(report, indent=1, allow_nan=False) + "\n").encode())
-    return report
+def write_report(run: RunFiles) -> None:
+    """Write the run's rlvr_report.json."""
+    write_atomic(run.path / REPORT_JSON, (json.dumps(run.report, indent=1, allow_nan=False) + "\n").encode())
 
 
 def run_report(path: Path, record: dict[str, Any]) -> dict[str, Any]:
