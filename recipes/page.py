@@ -21,7 +21,8 @@ body { margin: 0 auto; padding: 1rem; max-width: 62rem; font: 16px/1.5 system-ui
 h1 { font-size: 1.5rem; margin: .5rem 0 } h2 { font-size: 1.15rem; margin: 2rem 0 .5rem }
 h3 { font-size: 1rem; margin: 1.2rem 0 .3rem }
 p, figcaption, small { color: var(--soft) } p { margin: .3rem 0 } small { white-space: nowrap }
-figure { margin: .5rem 0; break-inside: avoid } figure > svg { width: 100%; height: auto; display: block }
+figure { margin: .5rem 0; break-inside: avoid }
+figure text { font-size: 14px } figure > svg { width: 100%; height: auto; display: block }
 .scroll { overflow-x: auto } .scroll > svg { max-width: none }
 .figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 24rem), 1fr)); gap: .5rem 2rem }
 table { border-collapse: collapse; font-size: .9rem }
@@ -32,6 +33,7 @@ td:last-child, th:last-child { padding-right: 0 }
 details { padding: .15rem 0 } summary { cursor: pointer; color: var(--soft) }
 pre { white-space: pre-wrap; overflow-wrap: anywhere; font: .85rem/1.4 ui-monospace, monospace; margin: .3rem 0 }
 .check { border-top: 1px solid var(--line); padding: .5rem 0; break-inside: avoid }
+.check figure { max-width: 36rem }
 .check h3 { margin: 0; display: flex; gap: .6rem; align-items: baseline; flex-wrap: wrap }
 .verdict { font-size: .8rem; font-weight: 600; border: 1px solid currentColor; border-radius: .25rem;
            padding: 0 .4rem; white-space: nowrap }
@@ -139,9 +141,9 @@ def _sample_curves(samples: Mapping[str, Any]) -> list[str]:
         ("con_certificate", "con@k, certificate"),
         ("con_answer", "con@k, answer"),
     ):
-        series = {model_name(name): _points(one[key]) for name, one in samples.items()}
+        series = {name: _points(one[key]) for name, one in samples.items()}
         bands = {
-            model_name(name): list(zip(one[key]["k"], one[key]["low"], one[key]["high"], strict=True))
+            name: list(zip(one[key]["k"], one[key]["low"], one[key]["high"], strict=True))
             for name, one in samples.items()
         }
         if all(len(points) > 1 for points in series.values()):
@@ -162,12 +164,13 @@ def _training(run: RunFiles) -> Iterator[str]:
     paid = [name for name in trained if name.startswith("rl")]
     rewards = {name: run.series(name, "reward") for name in paid}
     task = (run.verify or {}).get("task", {}).get("name", "")
-    course = {key: run.series("rl", f"{task}/{key}") for key in ("answer_accuracy", "certificate_accuracy", "gap")}
+    logged = {"answer": "answer_accuracy", "certificate": "certificate_accuracy", "gap": "gap"}
+    course = {name: run.series("rl", f"{task}/{key}") for name, key in logged.items()}
     entropy = {name: run.series(name, "entropy") for name in paid}
     figures = [
         _curve("loss of sft", losses),
         _curve("mean reward of rl", rewards),
-        _curve("samples of rl: answer, certificate, gap", course),
+        _curve("samples of rl", course),
         _curve("entropy of rl", entropy),
     ]
     if any(figures):
@@ -246,24 +249,28 @@ def _checks(run: RunFiles) -> Iterator[str]:
         mine = [one for one in checks if one["phase"] == phase]
         if not mine:
             continue
-        models = {one["model"] for one in mine if one["model"]}
+        models = {one["model"] for one in mine if one["model"]} if phase == "after" else ()
         yield f"<h3>{title}{': ' + escape(', '.join(map(model_name, sorted(models)))) if models else ''}</h3>"
         yield from map(_check, mine)
 
 
 def _check(one: Mapping[str, Any]) -> str:
     fields = {key: one[key] for key in ("name", "value", "ci", "n", "threshold", "verdict", "details")}
-    drawn = "".join(f"<figure>{svg}</figure>" for svg in pictures([CheckResult(**fields)]).values())
+    # The models' pass@k curves stand together above.
+    drawn = {} if one["name"] == "base_vs_tuned" else pictures([CheckResult(**fields)])
+    figures = "".join(f"<figure>{svg}</figure>" for svg in drawn.values())
     said = [f"{number(one['value'], one['ci'])}"] if one["value"] is not None else []
     said += [f"threshold {number(one['threshold'])}"] if one["threshold"] is not None else []
     said += [f"N {one['n']}"] if one["n"] else []
+    if one["details"].get("crossing") and "models" in one["details"]:
+        said.append(f"{one['details']['models'][0]} is ahead from k = {one['details']['crossing']}")
     said += [one["details"]["reason"]] if one["verdict"] == "not run" and "reason" in one["details"] else []
     stage = f" ({one['stage']})" if one["phase"] == "during" else ""
     verdict = one["verdict"]
     return (
         f'<div class="check"><h3>{escape(check_name(one))}{escape(stage)} '
         f'<span class="verdict {verdict.replace(" ", "-")}">{verdict}</span></h3>'
-        f"<p>{escape(ASKS.get(one['name'], ''))}</p><div>{escape('; '.join(said))}</div>{drawn}"
+        f"<p>{escape(ASKS.get(one['name'], ''))}</p><div>{escape('; '.join(said))}</div>{figures}"
         f'<details><summary>evidence</summary><div class="evidence">{_evidence(one["details"])}</div></details></div>'
     )
 

@@ -83,7 +83,8 @@ def run_report(path: Path, record: dict[str, Any]) -> dict[str, Any]:
             if not isinstance(part.get("checks"), list):
                 continue  # another kind of report
             for one in part["checks"]:
-                model = part["about"].get("model")
+                of_task = one["name"] in BEFORE and one["name"] != "contamination"
+                model = None if of_task else part.get("about", {}).get("model")
                 checks.append({"phase": _phase(one["name"]), "stage": stage, "model": model, **one})
     checks.sort(key=lambda one: ("before", "during", "after").index(one["phase"]))
     return {

@@ -212,7 +212,7 @@ def test_a_solver_passes_and_its_gain_over_a_control_is_its_own(run, recipe, mon
 
 def test_a_heuristic_is_seen_through_and_its_control_shows_that_nothing_was_gained(run, recipe, monkeypatch):
     policies = {"base": "mute", "sft": "beam3", "rl": "beam3", "rl-random": "beam3"}
-    result = put_through(run, recipe, monkeypatch, policies, "stages.verify.probes=20", POLICY_CHECKS)
+    result = put_through(run, recipe, monkeypatch, policies, "stages.verify.probes=40", POLICY_CHECKS)
     found = by_name(result)
     for name in ("attribution", "heuristic_agreement", "symmetry", "discriminating"):
         assert found[name][0]["verdict"] == "fail", found[name]
