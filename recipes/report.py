@@ -77,7 +77,7 @@ def _verification(result: dict[str, Any]) -> Table:
 
 
 def _change(change: dict[str, Any]) -> str:
-    after, before = (LABELS.get(change[key], change[key]) for key in ("to", "from"))
+    after, before = (model_name(change[key]) for key in ("to", "from"))
     interval = f"[{change['low']:+.2f}, {change['high']:+.2f}]"
     return f"certificate, {after} less {before}: {change['value']:+.2f} {interval}, paired over {change['n']} instances"
 
