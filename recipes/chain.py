@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .compare import PAGE, publish
 from .faults import RecipeError
 from .preflight import check
 from .rl import run_rl
@@ -59,6 +60,8 @@ def run(recipe: Recipe, out_dir: str | Path | None = None, say: Callable[[str], 
             seconds = folder.record["stages"][name]["seconds"]
             say(f"{name}: done in {seconds:.0f} s")
         _publish_adapter(recipe, folder)
+        if ran or not (folder.path / PAGE).is_file():
+            publish(folder.path)
         return Run(folder.path, folder.record)
 
 

@@ -5,6 +5,7 @@ import math
 import re
 import tempfile
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from .rl import make_credit, make_risk, make_task
 from .schema import Adapter, Recipe
 from .trainer_args import given
 from .training import moka_config, trainer_arguments
+from .verify_checks import wanted
 
 HUB_TIMEOUT_S = 5.0
 
@@ -128,12 +130,27 @@ def _conflicts(stage: Any) -> Found:
 
 def _verify_faults(recipe: Recipe, stage: Any) -> Found:
     task = stage.task or recipe.stage("rl").task
-    yield from tried(
-        ("task",),
-        lambda: make_task(task).instances(stage.instances, task.n, stage.seed, "test", task.discriminating),
+    unfit = list(
+        tried(
+            ("task",),
+            lambda: make_task(task).instances(stage.instances, task.n, stage.seed, "test", task.discriminating),
+        )
     )
-    if "size_ladder" in stage.checks:
-        yield from tried(("sizes",), lambda: [make_task(task).generate(stage.seed, size) for size in stage.sizes])
+    if unfit:
+        yield from unfit
+        return
+    test = partial(make_task(task).instances, seed=stage.seed, split="test")
+    if wanted(stage, ["size_ladder"]):
+        yield from tried(("sizes",), lambda: [test(stage.probes, size) for size in stage.sizes])
+    if "discriminating" in stage.checks:  # among "all" it is left out where the task cannot have it
+        few = [
+            f"the check 'discriminating' needs instances that fool every heuristic: {message}"
+            for _, message in tried(("checks",), lambda: test(stage.probes, task.n, discriminating=True))
+        ]
+        yield from ((("checks", stage.checks.index("discriminating")), message) for message in few)
+    for number, name in enumerate(stage.checks):
+        if name in stage.checks[:number]:
+            yield ("checks", number), f"the check {name!r} is asked for twice; leave one out"
 
 
 def _adapter_faults(adapter: Adapter) -> Found:

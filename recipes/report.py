@@ -6,9 +6,8 @@ from rich.console import Console
 from rich.table import Table
 
 from .chain import Run
+from .figures import check_name, heuristic_name, model_name, number, rate
 from .verify import verification
-
-LABELS = {"base": "base model", "sft": "after sft", "sft-random": "after sft on the random control", "rl": "after rl"}
 
 FILE_WIDTH = 120  # of a pipe or a file, which has none of its own; the widest table needs 118
 
@@ -70,15 +69,15 @@ def _verification(result: dict[str, Any]) -> Table:
     for column in ("answer", "certificate", "gap", "parse failures"):
         table.add_column(column, justify="right")
     for name, scores in result["models"].items():
-        table.add_row(LABELS.get(name, name), *_cells(scores), style="bold" if name != "base" else None)
+        table.add_row(model_name(name), *_cells(scores), style="bold" if name != "base" else None)
     table.add_section()
     for name, scores in result["heuristics"].items():
-        table.add_row(f"heuristic: {name.replace('_', ' ')}", *_cells(scores))
+        table.add_row(heuristic_name(name), *_cells(scores))
     return table
 
 
 def _change(change: dict[str, Any]) -> str:
-    after, before = (LABELS.get(change[key], change[key]) for key in ("to", "from"))
+    after, before = (model_name(change[key]) for key in ("to", "from"))
     interval = f"[{change['low']:+.2f}, {change['high']:+.2f}]"
     return f"certificate, {after} less {before}: {change['value']:+.2f} {interval}, paired over {change['n']} instances"
 
@@ -89,18 +88,10 @@ def _checks(results: list[dict[str, Any]]) -> Table:
     for column in ("value", "threshold", "n", "verdict"):
         table.add_column(column, justify="right")
     for one in results:
-        value, interval = one["value"], one["ci"]
-        shown = "" if value is None else f"{value:.2f}"
-        if interval:
-            shown += f" [{interval[0]:.2f}, {interval[1]:.2f}]"
-        threshold = "" if one["threshold"] is None else f"{one['threshold']:.2f}"
-        table.add_row(one["name"].replace("_", " "), shown, threshold, str(one["n"]), one["verdict"])
+        threshold = number(one["threshold"])
+        table.add_row(check_name(one), number(one["value"], one["ci"]), threshold, str(one["n"]), one["verdict"])
     return table
 
 
 def _cells(scores: dict[str, Any]) -> list[str]:
-    return [_rate(scores[key]) for key in ("answer", "certificate", "gap", "parse_failure")]
-
-
-def _rate(rate: dict[str, float]) -> str:
-    return f"{rate['value']:.2f} [{rate['low']:.2f}, {rate['high']:.2f}]"
+    return [rate(scores[key]) for key in ("answer", "certificate", "gap", "parse_failure")]

@@ -265,24 +265,37 @@ class Verify(Section):
     """Held-out instances, all from the test split."""
     seed: int = Field(default=0, ge=0)
     """Which held-out instances."""
+    samples: int = Field(default=0, ge=0)
+    """Sampled answers to each instance, besides the greedy one, for pass@k and con@k."""
+    temperature: float = Field(default=1.0, gt=0)
+    """Of these samples."""
     checks: list[
         Literal[
+            "all",
             "soundness",
             "verifier",
             "heuristics",
             "shortcut_ceiling",
+            "contamination",
             "triplet",
             "attribution",
             "heuristic_agreement",
             "feature_probe",
             "process_claims",
+            "base_vs_tuned",
+            "spurious_controls",
             "symmetry",
             "size_ladder",
+            "discriminating",
+            "early_answering",
+            "self_explanation",
         ]
-    ] = []
-    """Of the task and of the last model, see docs/checks.md."""
+    ] = ["triplet", "attribution", "heuristic_agreement", "feature_probe", "base_vs_tuned", "spurious_controls"]
+    """Of the task and of the last model, see docs/checks.md. contamination and the last five ask the model anew."""
     sizes: list[int] = Field(default=[8, 16, 32, 64], min_length=1)
     """Rows of the instances of the size ladder."""
+    probes: int = Field(default=64, ge=1)
+    """How many instances a check asks anew; the size ladder: of each size."""
     max_new_tokens: int = Field(default=64, ge=1)
     batch_size: int = Field(default=64, ge=1)
 

@@ -12,12 +12,12 @@ if TYPE_CHECKING:
     from .controls import spurious_controls
     from .during import Monitored, collapse, divergence, triplet, verifier_health
     from .features import feature_probe, shortcut_ceiling
-    from .instances import size_ladder, symmetry
+    from .instances import discriminating, size_ladder, symmetry
     from .near_misses import verifier
     from .policies import scripted_policies
     from .reasoning import early_answering, process_claims, self_explanation
     from .result import CheckResult, report, write_report
-    from .sampling import base_vs_tuned, con_at_k, pass_at_k, pass_curve
+    from .sampling import base_vs_tuned, con_at_k, con_curve, pass_at_k, pass_curve
     from .sources import attribution, heuristic_agreement
     from .stop import Alarms
     from .svg import pictures
@@ -37,6 +37,7 @@ _HOME = {
     "verifier_health": ".during",
     "feature_probe": ".features",
     "shortcut_ceiling": ".features",
+    "discriminating": ".instances",
     "size_ladder": ".instances",
     "symmetry": ".instances",
     "pictures": ".svg",
@@ -49,6 +50,7 @@ _HOME = {
     "write_report": ".result",
     "base_vs_tuned": ".sampling",
     "con_at_k": ".sampling",
+    "con_curve": ".sampling",
     "pass_at_k": ".sampling",
     "pass_curve": ".sampling",
     "Alarms": ".stop",
@@ -63,7 +65,9 @@ __all__ = [
     "base_vs_tuned",
     "collapse",
     "con_at_k",
+    "con_curve",
     "contamination",
+    "discriminating",
     "divergence",
     "early_answering",
     "feature_probe",

@@ -150,7 +150,8 @@ def _r2(x: np.ndarray, y: np.ndarray, groups: list[int]) -> tuple[float, tuple[f
     def r2(means: np.ndarray) -> np.ndarray:
         rest, first, second, weight = means.T
         spread = second - first**2 / weight
-        return 1 - rest / np.maximum(spread, 1e-12)
+        varies = spread > 1e-9  # a resample without errors has nothing to foretell
+        return np.where(varies, 1 - rest / np.where(varies, spread, 1.0), 0.0)
 
     low, high = bootstrap_interval(items, r2, resamples=1000)
     return float(r2(items.mean(axis=0, keepdims=True))[0]), (float(low), float(high))

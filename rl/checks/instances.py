@@ -8,7 +8,7 @@ from ..statistics import clustered_mean
 from ..tasks.base import CertificateTask
 from ..tasks.splits import stream
 from .reading import Policy, clusters, mark, rate, read, result, unordered
-from .result import CheckResult, judge
+from .result import CheckResult, judge, not_run
 
 SELF_CONSISTENT = 0.1  # under it, answers to the unchanged instance agree so seldom that nothing can be compared
 
@@ -120,6 +120,32 @@ def size_ladder(
     }
     measured = {"value": value, "ci": (low, high), "n": n}
     return result("size_ladder", measured, margin, judge((low, high), margin), details)
+
+
+def discriminating(
+    task: CertificateTask,
+    policy: Policy,
+    n: Sequence[int] = (8, 16),
+    size: int = 64,
+    threshold: float = 0.1,
+    seed: int = 0,
+) -> CheckResult:
+    """Accuracy of the certificate where every heuristic of the task is wrong.
+
+    `size` test instances of n[0] to n[1] rows on which no heuristic is optimal are put to the policy. A policy
+    made of these heuristics, in whatever mixture, is right on none of them. value: the share with a right
+    certificate; threshold 0.1. Such instances are harder than others for an honest solver too, so compare
+    with the accuracy of another model here and not with this model's elsewhere. Not run where n is too small
+    for such instances to be found.
+    """
+    try:
+        instances = task.instances(size, tuple(n), seed, "test", discriminating=True)
+    except RlError as error:
+        return not_run("discriminating", f"instances on which every heuristic is wrong are too rare: {error}")
+    _, marks = read(task, instances, list(policy(instances)))
+    measured = rate([one.certificate_right for one in marks], clusters(task, instances))
+    details = {"n": list(n), "parse_failure": rate([not one.parsed.ok for one in marks], range(size))}
+    return result("discriminating", measured, threshold, judge(measured["ci"], threshold), details)
 
 
 def _curve(flags: Sequence[bool], per_size: int) -> list[float]:

@@ -65,6 +65,21 @@ def pass_curve(right: Sequence[Sequence[Any]], ks: Sequence[int] | None = None) 
     return {"k": chosen, "value": table.mean(axis=0).tolist(), **ends, "n": len(table)}
 
 
+def con_curve(
+    votes: Sequence[Sequence[Hashable]], right: Sequence[Hashable], ks: Sequence[int] | None = None
+) -> dict[str, Any]:
+    """con@k over instances, in the form of `pass_curve`.
+
+    votes: n stated answers for each of N instances, None for no vote. right: (N,) the right answer of each.
+    """
+    chosen = list(ks) if ks is not None else ladder(len(votes[0]))
+    rows = zip(votes, right, strict=True)
+    table = np.array([[con_at_k(own, value, k) for k in chosen] for own, value in rows])  # (N, K)
+    low, high = bootstrap_interval(table, lambda means: means)
+    ends = {"low": low.tolist(), "high": high.tolist()}
+    return {"k": chosen, "value": table.mean(axis=0).tolist(), **ends, "n": len(table)}
+
+
 def base_vs_tuned(
     base: Sequence[Sequence[Any]], tuned: Sequence[Sequence[Any]], ks: Sequence[int] | None = None
 ) -> CheckResult:

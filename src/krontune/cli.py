@@ -110,6 +110,25 @@ def schema() -> None:
     _guarded(body, show_traceback=False)
 
 
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="Run folders.", metavar="RUN...")],
+    out: Annotated[Path | None, typer.Option("--out", help="Also write the table as an HTML page.")] = None,
+    show_traceback: Traceback = False,
+) -> None:
+    """Write a run's report.html and rlvr_report.json anew; of several runs, also print one table."""
+
+    def body() -> None:
+        from krontune.recipes.compare import compare, publish
+
+        for path in [publish(run) for run in runs]:
+            typer.echo(path)
+        if len(runs) > 1 or out:
+            compare(runs, out)
+
+    _guarded(body, show_traceback)
+
+
 def _guarded(body: Callable[[], Any], show_traceback: bool) -> None:
     """One clear message and an exit code for whatever goes wrong: 2 for a wrong recipe, 1 for a failed run."""
     _settle_libraries()

@@ -306,3 +306,12 @@ def test_the_pictures_are_well_formed_and_escaped():
     from krontune.rl.checks.svg import lines
 
     assert "&lt;b&gt;" in lines("<b>", {"x": [(0, 0), (1, 1)]}, "t")
+
+
+def test_an_interval_of_the_probe_stays_finite_where_errors_are_rare():
+    task = get_task("lis")
+    instances = task.instances(60, (8, 10), 0, "test")
+    answers = [task.completion(one) for one in instances]
+    answers[0] = task.write(instances[0], (1,))
+    low, high = checks.feature_probe(task, instances, answers).ci
+    assert -100 < low <= high <= 1

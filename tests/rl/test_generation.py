@@ -149,3 +149,31 @@ def test_an_answer_ends_before_the_models_end_of_sequence_and_does_not_show_it(m
     with torch.no_grad():
         head[tokenizer.eos_token_id] = 10 * head[first]  # so the model ends where it began to speak
     assert full and generate(model, tokenizer, PROMPTS[:1], max_new_tokens=NEW) == [""]
+
+
+def test_samples_differ_and_the_same_seed_draws_them_again(model, tokenizer):
+    def draw(seed):
+        return generate(model, tokenizer, ["Say."] * 6, max_new_tokens=NEW, temperature=1.0, seed=seed)
+
+    state = torch.get_rng_state()
+    first = draw(0)
+    assert torch.equal(torch.get_rng_state(), state), "the caller's random state is left as it was"
+    assert len(set(first)) > 1 and draw(0) == first and draw(1) != first
+
+
+def test_an_answer_that_is_begun_is_continued_as_it_would_have_gone_on(model, tokenizer):
+    [whole] = generate(model, tokenizer, ["One."], max_new_tokens=2)
+    chat = [{"role": "user", "content": "One."}]
+    begun = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False) + whole
+    [plain] = generate(model, tokenizer, [begun], max_new_tokens=3, chat=False)
+    assert generate(model, tokenizer, ["One."], max_new_tokens=3, starts=[whole]) == [plain]
+    assert generate(model, tokenizer, [chat], max_new_tokens=3, starts=[whole]) == [plain]
+
+
+def test_a_negative_temperature_and_missing_starts_are_refused(model, tokenizer):
+    from krontune.rl import RlError
+
+    with pytest.raises(RlError, match="temperature"):
+        generate(model, tokenizer, ["One."], max_new_tokens=1, temperature=-1.0)
+    with pytest.raises(RlError, match="one start a prompt"):
+        generate(model, tokenizer, ["One."], max_new_tokens=1, starts=[])

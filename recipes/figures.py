@@ -1,0 +1,61 @@
+"""Numbers and words of the reports, the same on the terminal, on the page and on the card."""
+
+from collections.abc import Mapping
+from typing import Any
+
+STAGE_NAMES = {"base": "base model", "sft": "after sft", "rl": "after rl"}
+
+# What each check asks, in one line.
+ASKS = {
+    "soundness": "Does the task keep its own promises: unique optima, disjoint splits, symmetries that hold?",
+    "verifier": "Does the reward pay every right answer, and no near miss or hostile text?",
+    "heuristics": "What does the best shortcut or lazy policy earn?",
+    "shortcut_ceiling": "How often does the look of the input alone give the right answer?",
+    "headroom": "How many groups of samples would all score alike, so that nothing is learned?",
+    "contamination": "Do test questions come back from the model word for word, more than fresh ones?",
+    "first_batch": "Did the first batch earn anything?",
+    "collapse": "Have entropy or length collapsed?",
+    "divergence": "Did the reward rise while the strict measure did not?",
+    "verifier_health": "How many completions could not be scored?",
+    "triplet": "How many right answers does no certificate back?",
+    "attribution": "What share of the answers comes from solving, and not from a known heuristic?",
+    "heuristic_agreement": "Where a heuristic is wrong, is it followed more often than the truth?",
+    "feature_probe": "Can the errors be foretold from the input?",
+    "process_claims": "Is the answer right although the work it shows is false?",
+    "base_vs_tuned": "Is it better than the model it came from, on the same instances?",
+    "spurious_controls": "What of the gain is left over the best control run?",
+    "symmetry": "Does the answer follow when the instance is mirrored, shifted or renumbered?",
+    "size_ladder": "How far above the best heuristic is it on the largest instances?",
+    "discriminating": "How often is it right where every heuristic is wrong?",
+    "early_answering": "How much does the reasoning add to answering at once?",
+    "self_explanation": "Does the answer hang on the rows that it names?",
+}
+
+
+def model_name(name: str) -> str:
+    """base, sft, sft-random, rl... in words."""
+    stage, _, control = name.partition("-")
+    return STAGE_NAMES.get(stage, stage) + (f" on the {control} control" if control else "")
+
+
+def check_name(one: Mapping[str, Any]) -> str:
+    """The check's name in words, with the models where it compares two."""
+    name = one["name"].replace("_", " ")
+    pair = one["details"].get("models")
+    return f"{name}: {pair[0]} to {pair[1]}" if pair else name
+
+
+def number(value: float | None, ci: Any = None) -> str:
+    """0.54 [0.47, 0.60]; nothing for None."""
+    if value is None:
+        return ""
+    return f"{value:.2f}" + (f" [{ci[0]:.2f}, {ci[1]:.2f}]" if ci else "")
+
+
+def rate(one: Mapping[str, float]) -> str:
+    """The same of a {"value", "low", "high"}."""
+    return number(one["value"], (one["low"], one["high"]))
+
+
+def heuristic_name(name: str) -> str:
+    return f"heuristic: {name.replace('_', ' ')}"

@@ -1,0 +1,348 @@
+"""report.html: one run, or several, as one file of HTML with its pictures inside, for screens small and large and for
+paper. It asks nothing of the network. Whatever comes from a run goes through `html.escape`."""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from html import escape
+from typing import Any
+
+from ..data_selection import DataSelectionError, Selection
+from ..rl.checks import CheckResult
+from ..rl.checks.svg import lines, pictures
+from .figures import ASKS, check_name, heuristic_name, model_name, number, rate
+from .run_report import RunFiles
+from .select import SELECTED
+
+STYLE = """
+:root { --ink: #1c2430; --soft: #5b6675; --line: #d5dbe3; --pass: #1a7f37; --warn: #9a6700; --fail: #c0322b }
+* { box-sizing: border-box }
+body { margin: 0 auto; padding: 1rem; max-width: 62rem; font: 16px/1.5 system-ui, sans-serif; color: var(--ink);
+       background: #fff }
+h1 { font-size: 1.5rem; margin: .5rem 0 } h2 { font-size: 1.15rem; margin: 2rem 0 .5rem }
+h3 { font-size: 1rem; margin: 1.2rem 0 .3rem }
+p, figcaption, small { color: var(--soft) } p { margin: .3rem 0 } small { white-space: nowrap }
+figure { margin: .5rem 0; break-inside: avoid }
+figure text { font-size: 14px } figure > svg { width: 100%; height: auto; display: block }
+.scroll { overflow-x: auto } .scroll > svg { max-width: none }
+.figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 24rem), 1fr)); gap: .5rem 2rem }
+table { border-collapse: collapse; font-size: .9rem }
+th, td { text-align: right; padding: .25rem .9rem .25rem 0; border-bottom: 1px solid var(--line);
+         font-variant-numeric: tabular-nums; vertical-align: top }
+th { font-weight: 600 } th:first-child, td:first-child { text-align: left } tr.strong td { font-weight: 600 }
+td:last-child, th:last-child { padding-right: 0 }
+details { padding: .15rem 0 } summary { cursor: pointer; color: var(--soft) }
+pre { white-space: pre-wrap; overflow-wrap: anywhere; font: .85rem/1.4 ui-monospace, monospace; margin: .3rem 0 }
+.check { border-top: 1px solid var(--line); padding: .5rem 0; break-inside: avoid }
+.check figure { max-width: 36rem }
+.check h3 { margin: 0; display: flex; gap: .6rem; align-items: baseline; flex-wrap: wrap }
+.verdict { font-size: .8rem; font-weight: 600; border: 1px solid currentColor; border-radius: .25rem;
+           padding: 0 .4rem; white-space: nowrap }
+.pass { color: var(--pass) } .warn { color: var(--warn) } .fail { color: var(--fail) } .not-run { color: var(--soft) }
+.evidence { font-size: .85rem; overflow-x: auto } .evidence td { padding: .1rem .8rem .1rem 0; text-align: left }
+.evidence td:first-child { color: var(--soft) }
+@media print { body { max-width: none; font-size: 10pt; padding: 0 } h2 { break-after: avoid }
+               .scroll { overflow: visible } .scroll > svg { max-width: 100%; height: auto } }
+"""
+SHOWN = 300  # characters of a selected text
+PHASES = {"before": "Before training", "during": "During training", "after": "After training"}
+
+
+def run_page(run: RunFiles) -> str:
+    """The report of one run."""
+    name = run.record["name"]
+    about = run.recipe.get("description", "")
+    return _page(
+        name,
+        [
+            f"<h1>{escape(name)}</h1>",
+            f"<p>{escape(about)}</p>" if about else "",
+            f"<p>{escape(_facts(run))}</p>",
+            *_models(run),
+            *_training(run),
+            *_selection(run),
+            *_checks(run),
+            *_credit(run),
+            *_record(run),
+        ],
+    )
+
+
+def comparison_page(runs: Sequence[RunFiles], rows: Sequence[Sequence[str]]) -> str:
+    """Several runs side by side. rows: the first is the header."""
+    head, *body = rows
+    groups = {"reward": "reward", "loss": "loss"}
+    figures = []
+    for what, key in groups.items():
+        stage = "rl" if what == "reward" else "sft"
+        series = {name: run.series(stage, key) for name, run in zip(head[1:], runs, strict=True)}
+        figures.append(_curve(f"{what} of {stage}", {n: points for n, points in series.items() if len(points) > 1}))
+    return _page("comparison", ["<h1>Runs side by side</h1>", _table(head, body), _figures(figures)])
+
+
+def _page(title: str, parts: Sequence[str]) -> str:
+    return "\n".join(
+        [
+            "<!doctype html>",
+            f'<html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>',
+            '<meta name="viewport" content="width=device-width, initial-scale=1">',
+            f"<style>{STYLE}</style></head><body>",
+            *filter(None, parts),
+            "</body></html>\n",
+        ]
+    )
+
+
+def _facts(run: RunFiles) -> str:
+    base = run.recipe["base"]
+    seconds = sum(stage["seconds"] for stage in run.stages.values())
+    weights = f" in {base['quantization']}" if base["quantization"] else ""
+    facts = [f"{base['model']}{weights}", f"seed {run.record['seed']}", f"{seconds / 60:.1f} minutes"]
+    trained = [stage for stage in run.stages.values() if "trainable_parameters" in stage]
+    if trained:
+        facts.append(f"{trained[-1]['trainable_parameters']:,} trained parameters")
+    counts = {verdict: count for verdict, count in run.report["verdicts"].items() if count}
+    if counts:
+        facts.append("checks: " + ", ".join(f"{count} {verdict}" for verdict, count in counts.items()))
+    return "; ".join(facts)
+
+
+# ---------------------------------------------------------------- models
+
+
+def _models(run: RunFiles) -> Iterator[str]:
+    result = run.verify
+    if result is None:
+        yield "<p>The verify stage has not run, so nothing is known of the models.</p>"
+        return
+    task = result["task"]
+    low, high = task["n"]
+    yield "<h2>Models</h2>"
+    yield (
+        f"<p>{result['instances']} held-out {escape(task['name'])} instances of {low} to {high} rows, one greedy "
+        f"answer each; 95 % intervals; weights {escape(result['weights'])}. Answer: the stated result is right. "
+        "Certificate: the chosen rows are feasible and optimal. Gap: right answers that no certificate backs.</p>"
+    )
+    keys = ("answer", "certificate", "gap", "parse_failure")
+    rows = [[model_name(name), *(rate(one[key]) for key in keys)] for name, one in result["models"].items()]
+    floors = [[heuristic_name(name), *(rate(one[key]) for key in keys)] for name, one in result["heuristics"].items()]
+    yield _table(["", "answer", "certificate", "gap", "unreadable"], [*rows, *floors], strong=len(rows))
+    samples = result.get("samples") or {}
+    if samples:
+        yield f"<h3>{max(next(iter(samples.values()))['pass_answer']['k'])} samples an instance</h3>"
+        yield f"<p>Temperature {result['temperature']:g}. pass@k: one of k is right; con@k: the most frequent is.</p>"
+        yield _figures(_sample_curves(samples))
+
+
+def _sample_curves(samples: Mapping[str, Any]) -> list[str]:
+    figures = []
+    for key, title in (
+        ("pass_certificate", "pass@k, certificate"),
+        ("pass_answer", "pass@k, answer"),
+        ("con_certificate", "con@k, certificate"),
+        ("con_answer", "con@k, answer"),
+    ):
+        series = {name: _points(one[key]) for name, one in samples.items()}
+        bands = {
+            name: list(zip(one[key]["k"], one[key]["low"], one[key]["high"], strict=True))
+            for name, one in samples.items()
+        }
+        if all(len(points) > 1 for points in series.values()):
+            figures.append(f"<figure>{lines(title, series, 'k', bands)}</figure>")
+    return figures
+
+
+def _points(curve: Mapping[str, Any]) -> list[tuple[float, float]]:
+    return list(zip(curve["k"], curve["value"], strict=True))
+
+
+# ---------------------------------------------------------------- training and selection
+
+
+def _training(run: RunFiles) -> Iterator[str]:
+    trained = [name for name in run.stages if name.partition("-")[0] in ("sft", "rl")]
+    losses = {name: run.series(name, "loss") for name in trained if name.startswith("sft")}
+    paid = [name for name in trained if name.startswith("rl")]
+    rewards = {name: run.series(name, "reward") for name in paid}
+    task = (run.verify or {}).get("task", {}).get("name", "")
+    logged = {"answer": "answer_accuracy", "certificate": "certificate_accuracy", "gap": "gap"}
+    course = {name: run.series("rl", f"{task}/{key}") for name, key in logged.items()}
+    entropy = {name: run.series(name, "entropy") for name in paid}
+    figures = [
+        _curve("loss of sft", losses),
+        _curve("mean reward of rl", rewards),
+        _curve("samples of rl", course),
+        _curve("entropy of rl", entropy),
+    ]
+    if any(figures):
+        yield "<h2>Training</h2>"
+        yield _figures(figures)
+
+
+def _curve(title: str, series: Mapping[str, list[tuple[float, float]]]) -> str:
+    drawn = {name: points for name, points in series.items() if len(points) > 1}
+    return f"<figure>{lines(title, drawn, 'step')}</figure>" if drawn else ""
+
+
+def _figures(figures: Sequence[str]) -> str:
+    return f'<div class="figures">{"".join(figures)}</div>'
+
+
+def _selection(run: RunFiles) -> Iterator[str]:
+    select = run.stages.get("select")
+    if not select or "sources" not in select:
+        return
+    yield "<h2>Selected data</h2>"
+    sources = select["sources"]
+    yield f"<p>{select['n']:,} of {select['pool']:,} rows by {escape(str(select['method']))}; what was picked, by "
+    yield "source, beside a random pick of the same size.</p>"
+    names = sorted(sources["pool"], key=lambda name: (-sources["selected"].get(name, 0), name))[:12]
+    rows = [[name, *(f"{sources[part].get(name, 0):,}" for part in ("pool", "selected", "control"))] for name in names]
+    if "kl_reduction" in select:
+        kl = select["kl_reduction"]
+        rows.append(["nearer to the target by (nats)", "", f"{kl['selected']:.2f}", f"{kl['control']:.2f}"])
+    yield _table(["source", "pool", "selected", "random control"], rows)
+    yield from _picked_texts(run)
+
+
+def _picked_texts(run: RunFiles) -> Iterator[str]:
+    """The best and the last of what was picked, each with its reason."""
+    folder = run.path / "select"
+    try:
+        picked = Selection.load(folder / "selection")
+        texts = (folder / SELECTED).read_text(encoding="utf-8").splitlines()
+    except (DataSelectionError, OSError):
+        return
+    scored = [i for i, reason in enumerate(picked.reasons) if isinstance(reason.get("log_weight"), float)]
+    order = sorted(scored, key=lambda i: -picked.reasons[i]["log_weight"])
+    if not order or len(texts) != len(picked):
+        return
+    yield "<h3>Why these</h3><p>The two highest weights among the picks, the middle and the lowest.</p>"
+    for place in dict.fromkeys([*order[:2], order[len(order) // 2], order[-1]]):
+        reason = "; ".join(f"{key.replace('_', ' ')} {_plain(value)}" for key, value in picked.reasons[place].items())
+        text = _row_text(json.loads(texts[place]))
+        shown = text if len(text) <= SHOWN else text[:SHOWN] + " ..."
+        row = int(picked.indices[place])
+        yield f"<details><summary>row {row}: {escape(reason)}</summary><pre>{escape(shown)}</pre></details>"
+
+
+def _row_text(row: Mapping[str, Any]) -> str:
+    if isinstance(row.get("text"), str):
+        return row["text"]
+    parts = row.get("messages") or [row.get("prompt", ""), row.get("completion", "")]
+    flat = [one for part in parts for one in (part if isinstance(part, list) else [part])]
+    return "\n".join(one["content"] if isinstance(one, Mapping) else str(one) for one in flat)
+
+
+# ---------------------------------------------------------------- checks
+
+
+def _checks(run: RunFiles) -> Iterator[str]:
+    checks = run.report["checks"]
+    if not checks:
+        return
+    yield "<h2>Checks</h2>"
+    yield (
+        "<p>Each stands for itself; there is no blended score. pass or fail: the whole 95 % interval lies on one side "
+        "of the threshold; warn: it covers it, or the check says why. N counts instances.</p>"
+    )
+    for phase, title in PHASES.items():
+        mine = [one for one in checks if one["phase"] == phase]
+        if not mine:
+            continue
+        models = {one["model"] for one in mine if one["model"]} if phase == "after" else ()
+        yield f"<h3>{title}{': ' + escape(', '.join(map(model_name, sorted(models)))) if models else ''}</h3>"
+        yield from map(_check, mine)
+
+
+def _check(one: Mapping[str, Any]) -> str:
+    fields = {key: one[key] for key in ("name", "value", "ci", "n", "threshold", "verdict", "details")}
+    # The models' pass@k curves stand together above.
+    drawn = {} if one["name"] == "base_vs_tuned" else pictures([CheckResult(**fields)])
+    figures = "".join(f"<figure>{svg}</figure>" for svg in drawn.values())
+    said = [f"{number(one['value'], one['ci'])}"] if one["value"] is not None else []
+    said += [f"threshold {number(one['threshold'])}"] if one["threshold"] is not None else []
+    said += [f"N {one['n']}"] if one["n"] else []
+    if one["details"].get("crossing") and "models" in one["details"]:
+        said.append(f"{one['details']['models'][0]} is ahead from k = {one['details']['crossing']}")
+    said += [one["details"]["reason"]] if one["verdict"] == "not run" and "reason" in one["details"] else []
+    stage = f" ({one['stage']})" if one["phase"] == "during" else ""
+    verdict = one["verdict"]
+    return (
+        f'<div class="check"><h3>{escape(check_name(one))}{escape(stage)} '
+        f'<span class="verdict {verdict.replace(" ", "-")}">{verdict}</span></h3>'
+        f"<p>{escape(ASKS.get(one['name'], ''))}</p><div>{escape('; '.join(said))}</div>{figures}"
+        f'<details><summary>evidence</summary><div class="evidence">{_evidence(one["details"])}</div></details></div>'
+    )
+
+
+def _evidence(value: Any) -> str:
+    """Nested values as nested tables; what looks like a measured rate as one number with its interval."""
+    if isinstance(value, Mapping):
+        if set(value) == {"value", "ci", "n"}:
+            return escape(f"{number(value['value'], value['ci'])}, N {value['n']}")
+        body = "".join(
+            f"<tr><td>{escape(str(key).replace('_', ' '))}</td><td>{_evidence(item)}</td></tr>"
+            for key, item in value.items()
+        )
+        return f"<table>{body}</table>" if body else "none"
+    if isinstance(value, list):
+        if any(isinstance(item, Mapping | list) for item in value):
+            return "<br>".join(_evidence(item) for item in value)
+        return escape(", ".join(map(_plain, value))) or "none"
+    return escape(_plain(value))
+
+
+def _plain(value: Any) -> str:
+    if value is None:
+        return "none"
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+def _credit(run: RunFiles) -> Iterator[str]:
+    name = (run.verify or {}).get("credit_picture")
+    if name and (run.path / "verify" / name).is_file():
+        yield "<h2>Token credit on one answer</h2>"
+        yield (
+            "<p>WAAD: how far back each token looks; FAI: how much later tokens look at it. Anchors and preplan tokens "
+            "are those that the credit favours.</p>"
+        )
+        yield f'<div class="scroll">{(run.path / "verify" / name).read_text(encoding="utf-8")}</div>'
+
+
+# ---------------------------------------------------------------- the record
+
+
+def _record(run: RunFiles) -> Iterator[str]:
+    yield "<h2>Record</h2>"
+    rows = [
+        [
+            name,
+            f"{stage['seconds']:.0f}",
+            str(stage.get("steps", "")),
+            ((stage.get("git") or {}).get("commit") or "")[:10],
+        ]
+        for name, stage in run.stages.items()
+    ]
+    yield _table(["stage", "seconds", "steps", "commit"], rows)
+    data = [[name, f"{one['rows']:,}", one["sha256"][:16]] for name, one in run.record.get("data", {}).items()]
+    if data:
+        yield _table(["data", "rows", "sha256"], data)
+    versions = ", ".join(f"{name} {value}" for name, value in run.record.get("versions", {}).items())
+    machine = ", ".join(map(str, run.record.get("machine", {}).values()))
+    yield f"<p>{escape(versions)}</p><p>{escape(machine)} CPUs</p>"
+    yield f"<details><summary>the recipe</summary><pre>{escape(run.recipe_text)}</pre></details>"
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]], strong: int = 0) -> str:
+    """A table that scrolls sideways on its own. An interval stands in small under its number."""
+    top = "".join(f"<th>{escape(cell)}</th>" for cell in head)
+    body = ""
+    for place, row in enumerate(rows):
+        cells = "".join(f"<td>{_cell(cell)}</td>" for cell in row)
+        body += f'<tr class="strong">{cells}</tr>' if place < strong else f"<tr>{cells}</tr>"
+    return f'<div class="scroll"><table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>'
+
+
+def _cell(text: str) -> str:
+    value, bracket, rest = text.partition(" [")
+    return f"{escape(value)}<br><small>{escape(bracket.strip() + rest)}</small>" if bracket and rest else escape(text)

@@ -1,0 +1,186 @@
+"""The checks of the verify stage: which there are, and how each puts its questions to the model."""
+
+import json
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from ..data_selection.texts import row_text
+from ..rl import CertificateReward, RlError, checks
+from ..rl.checks import CheckResult
+from ..rl.checks.result import not_run
+from ..rl.tasks import CertificateTask, Instance
+from .models import Model
+from .schema import Recipe, Verify
+from .select import SELECTED
+
+Found = dict[str, list[CheckResult]]
+Ways = dict[str, Callable[[], CheckResult]]
+
+OF_THE_TASK = ("soundness", "verifier", "heuristics", "shortcut_ceiling")
+OF_ANSWERS = ("triplet", "attribution", "heuristic_agreement", "feature_probe", "process_claims")
+OF_MODELS = ("base_vs_tuned", "spurious_controls")
+ASKED = ("symmetry", "size_ladder", "discriminating", "early_answering", "self_explanation", "contamination")
+ALL = (*OF_THE_TASK, "contamination", *OF_ANSWERS, *OF_MODELS, *ASKED[:-1])
+
+EXPLAIN = "Which rows does your answer depend on? Reply with their ids only: \\ids{id,id}"
+_IDS = re.compile(r"\\ids\{([0-9, ]{0,2000})\}")
+
+
+@dataclass
+class Answers:
+    """What the models of a run answered: `greedy` one text an instance, `samples` several; `last` is the model that
+    the checks are about."""
+
+    task: CertificateTask
+    n: list[int]
+    instances: list[Instance]
+    last: str
+    greedy: dict[str, list[str]] = field(default_factory=dict)
+    samples: dict[str, list[list[str]]] = field(default_factory=dict)
+
+    def right(self, name: str) -> list[list[int]]:
+        """(instances, samples) of 0 and 1: right certificates among the samples, or else of the greedy answers."""
+        drawn = self.samples.get(name) or [[text] for text in self.greedy[name]]
+        return [
+            [int(self.task.mark(one, text).certificate_right) for text in texts]
+            for one, texts in zip(self.instances, drawn, strict=True)
+        ]
+
+
+def wanted(stage: Verify, names: Sequence[str]) -> list[str]:
+    """Those of the checks `names` that the recipe asks for."""
+    return [name for name in names if name in stage.checks or "all" in stage.checks]
+
+
+def while_loaded(recipe: Recipe, stage: Verify, run: Path, said: Answers, model: Model) -> Found:
+    """The checks that put new questions to the model."""
+    task, few = said.task, said.instances[: stage.probes]
+    answers = said.greedy[model.name][: stage.probes]
+
+    def policy(label: str, room: bool = False) -> Callable[[Sequence[Instance]], list[str]]:
+        return lambda asked: model.ask(
+            label, [task.prompt(one) for one in asked], room=[task.completion(one) for one in asked] if room else ()
+        )
+
+    def go_on(asked: Sequence[Instance], heads: Sequence[str]) -> list[str]:
+        return model.ask("early answering", [task.prompt(one) for one in asked], starts=list(heads))
+
+    def explain(asked: Sequence[Instance], texts: Sequence[str]) -> list[tuple[int, ...] | None]:
+        chats = [_asked_why(task.prompt(one), text) for one, text in zip(asked, texts, strict=True)]
+        return [_ids(text) for text in model.ask("self-explanation", chats)]
+
+    ways: Ways = {
+        "symmetry": lambda: checks.symmetry(task, few, policy("symmetry", room=True)),
+        "size_ladder": lambda: checks.size_ladder(
+            task, policy("size ladder", room=True), stage.sizes, stage.probes, seed=stage.seed
+        ),
+        "discriminating": lambda: checks.discriminating(
+            task, policy("discriminating"), said.n, stage.probes, seed=stage.seed
+        ),
+        "early_answering": lambda: checks.early_answering(task, few, answers, go_on),
+        "self_explanation": lambda: checks.self_explanation(task, few, policy("explained"), explain),
+        "contamination": lambda: _contamination(recipe, stage, run, said, model),
+    }
+    return {name: [_tried(name, ways[name])] for name in wanted(stage, ASKED)}
+
+
+def after_answers(stage: Verify, said: Answers) -> Found:
+    """The checks of the task, of the last model's answers, and of the models against each other."""
+    task, n = said.task, said.n
+    reward = CertificateReward(task)
+    ways: Ways = {
+        "soundness": lambda: checks.soundness(task, n),
+        "verifier": lambda: checks.verifier(reward, task, n),
+        "heuristics": lambda: checks.heuristics(task, reward, n),
+        "shortcut_ceiling": lambda: checks.shortcut_ceiling(task, n),
+        "spurious_controls": lambda: _spurious_controls(said),
+    }
+    answers = said.greedy[said.last]
+    ways |= {name: lambda name=name: getattr(checks, name)(task, said.instances, answers) for name in OF_ANSWERS}
+    found = {name: [_tried(name, ways[name])] for name in wanted(stage, tuple(ways))}
+    if wanted(stage, ["base_vs_tuned"]):
+        found["base_vs_tuned"] = _base_vs_tuned(said)
+    return found
+
+
+def curves(said: Answers) -> dict[str, Any]:
+    """pass@k and con@k of each model that was sampled: by certificate and by stated answer."""
+    table = {}
+    for name, drawn in said.samples.items():
+        marks = [[said.task.mark(one, text) for text in own] for one, own in zip(said.instances, drawn, strict=True)]
+        values = [said.task.solution(one).value for one in said.instances]
+        # One optimum of several is as good as another, so all of them are one vote.
+        ids = [
+            ["right" if m.certificate_right else m.parsed.ids and tuple(sorted(m.parsed.ids)) for m in own]
+            for own in marks
+        ]
+        table[name] = {
+            "pass_certificate": checks.pass_curve(said.right(name)),
+            "pass_answer": checks.pass_curve([[int(m.answer_right) for m in own] for own in marks]),
+            "con_certificate": checks.con_curve(ids, ["right"] * len(ids)),
+            "con_answer": checks.con_curve([[m.parsed.answer for m in own] for own in marks], values),
+        }
+    return table
+
+
+def _tried(name: str, way: Callable[[], CheckResult]) -> CheckResult:
+    """What a check cannot do with this task or these answers is said in the report; the run is not lost for it."""
+    try:
+        return way()
+    except RlError as error:
+        return not_run(name, str(error))
+
+
+def _base_vs_tuned(said: Answers) -> list[CheckResult]:
+    """Each trained model against the base, and each against the one before it."""
+    trained = [name for name in said.greedy if "-" not in name]
+    pairs = [("base", name) for name in trained[1:]] + list(zip(trained[1:], trained[2:], strict=False))
+    found = []
+    for first, second in pairs:
+        result = checks.base_vs_tuned(said.right(first), said.right(second))
+        found.append(replace(result, details={"models": [first, second], **result.details}))
+    return found or [not_run("base_vs_tuned", "the run trained no model")]
+
+
+def _spurious_controls(said: Answers) -> CheckResult:
+    """The last stage's gain against that of its runs with a reward that knows nothing, named <stage>-<control>."""
+    names = list(said.greedy)
+    controls = {name.partition("-")[2]: name for name in names if name.startswith("rl-")}
+    if said.last != "rl" or not controls:
+        return not_run("spurious_controls", "the rl stage was run with no controls", len(said.instances))
+    before = [name for name in names if "-" not in name][-2]
+    rate = {name: [sum(row) / len(row) for row in said.right(name)] for name in (before, "rl", *controls.values())}
+    return checks.spurious_controls(rate[before], rate["rl"], {key: rate[name] for key, name in controls.items()})
+
+
+def _contamination(recipe: Recipe, stage: Verify, run: Path, said: Answers, model: Model) -> CheckResult:
+    """Whether the test questions stand in the training data, and come back from the model more than fresh ones do."""
+    task = said.task
+    texts = [task.prompt(one) for one in said.instances[: stage.probes]]
+    fresh = [task.prompt(one) for one in task.instances(stage.probes, said.n, stage.seed, "validation")]
+    rl = recipe.stage("rl")
+    train = []
+    if rl is not None and rl.task is not None and rl.task.name == task.name:
+        drawn = task.instances(rl.instances, rl.task.n, recipe.seed, "train", rl.task.discriminating)
+        train += [task.prompt(one) for one in drawn]
+    picked = run / "select" / SELECTED
+    if picked.is_file():
+        train += [row_text(json.loads(line), str(picked)) for line in picked.read_text(encoding="utf-8").splitlines()]
+
+    def complete(heads: list[str]) -> list[str]:
+        return model.ask("contamination", heads, chat=False, room=texts)
+
+    return checks.contamination(texts, train, complete, fresh)
+
+
+def _asked_why(prompt: str, answer: str) -> list[dict[str, str]]:
+    said = (("user", prompt), ("assistant", answer), ("user", EXPLAIN))
+    return [{"role": role, "content": content} for role, content in said]
+
+
+def _ids(text: str) -> tuple[int, ...] | None:
+    found = _IDS.search(text)
+    return tuple(int(one) for one in found[1].replace(",", " ").split() if len(one) < 6) if found else None
