@@ -56,12 +56,16 @@ def run_verify(recipe: Recipe, stage: Verify, run: RunFolder, adapters: list[str
     order = dict.fromkeys(one for name in stage.checks for one in (ALL if name == "all" else (name,)))
     ordered = [result for name in order for result in found[name]]
     models = {name: score(task, instances, answers).to_dict() for name, answers in said.greedy.items()}
+    right = {
+        name: [mark.certificate_right for mark in mark_all(task, instances, answers)]
+        for name, answers in said.greedy.items()
+    }
     result = {
         "task": settings.model_dump(),
         "instances": len(instances),
         "weights": "dense, de-quantised and merged" if recipe.base.dense_generation else "as loaded",
         "models": models,
-        "changes": _changes(said),
+        "changes": _changes(right),
         "heuristics": {name: one.to_dict() for name, one in heuristic_table(task, instances).items()},
         "samples": curves(said),
         "temperature": stage.temperature,
@@ -74,15 +78,11 @@ def run_verify(recipe: Recipe, stage: Verify, run: RunFolder, adapters: list[str
     run.finish("verify", certificate={name: value["certificate"]["value"] for name, value in models.items()})
 
 
-def _changes(said: Answers) -> list[dict[str, Any]]:
-    """How the certificates of a stage differ from those of the stage before it and of its control, on greedy answers.
+def _changes(right: dict[str, list[bool]]) -> list[dict[str, Any]]:
+    """How the certificates of a stage differ from those of the stage before it and of its control.
 
-    The intervals are of a paired bootstrap.
+    right: one flag an instance, the same instances for every model. The intervals are of a paired bootstrap.
     """
-    right = {
-        name: [mark.certificate_right for mark in mark_all(said.task, said.instances, answers)]
-        for name, answers in said.greedy.items()
-    }
     stages = [name for name in right if "-" not in name]
     pairs = [*zip(stages[:-1], stages[1:], strict=True)]
     pairs += [(name, name.split("-")[0]) for name in right if "-" in name]

@@ -57,7 +57,7 @@ def generate(
             torch.manual_seed(seed)
             for start in range(0, len(prompts), batch_size):
                 part = slice(start, start + batch_size)
-                asked = _rendered(tokenizer, prompts[part]) if chat else prompts[part]
+                asked: Any = _rendered(tokenizer, prompts[part]) if chat else prompts[part]
                 texts = [text + begun for text, begun in zip(asked, starts[part], strict=True)]
                 batch = tokenizer(texts, add_special_tokens=not chat, padding=True, return_tensors="pt").to(device)
                 ids = model.generate(
