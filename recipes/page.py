@@ -324,13 +324,18 @@ def _record(run: RunFiles) -> Iterator[str]:
         for name, stage in run.stages.items()
     ]
     yield _table(["stage", "seconds", "steps", "commit"], rows)
-    data = [[name, f"{one['rows']:,}", one["sha256"][:16]] for name, one in run.record.get("data", {}).items()]
+    data = [[name, _size(one), one["sha256"][:16]] for name, one in run.record.get("data", {}).items()]
     if data:
-        yield _table(["data", "rows", "sha256"], data)
+        yield _table(["data", "size", "sha256"], data)
     versions = ", ".join(f"{name} {value}" for name, value in run.record.get("versions", {}).items())
     machine = ", ".join(map(str, run.record.get("machine", {}).values()))
     yield f"<p>{escape(versions)}</p><p>{escape(machine)} CPUs</p>"
     yield f"<details><summary>the recipe</summary><pre>{escape(run.recipe_text)}</pre></details>"
+
+
+def _size(data: dict[str, Any]) -> str:
+    """Rows, or of files that were never held whole their bytes."""
+    return f"{data['rows']:,} rows" if "rows" in data else f"{data['bytes']:,} bytes in {data['files']} files"
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]], strong: int = 0) -> str:

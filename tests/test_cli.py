@@ -112,7 +112,7 @@ def test_check_prints_every_fault_of_the_file_and_of_the_overrides(recipe, tmp_p
         "mine.yaml:1:1: missing key 'name' (Also the name of the run folder)",
         "mine.yaml:1:1: unknown key 'nam'; did you mean 'name'?",
         "override 'base.modl=x': unknown key 'modl'; did you mean 'model'?",
-        "override 'stages.select.k=many': k: 'many' is not a whole number",
+        "override 'stages.select.k=many': k: 'many' is not a number",
     ]
 
 
