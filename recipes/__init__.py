@@ -13,11 +13,12 @@ if TYPE_CHECKING:
     from .chain import Run, run
     from .faults import Fault, RecipeError
     from .loader import load
+    from .needs import notes
     from .preflight import check
     from .run_folder import RunError
     from .schema import Recipe
 
-__all__ = ["Fault", "Recipe", "RecipeError", "Run", "RunError", "check", "load", "run"]
+__all__ = ["Fault", "Recipe", "RecipeError", "Run", "RunError", "check", "load", "notes", "run"]
 
 _HOME = {
     "Fault": ".faults",
@@ -27,6 +28,7 @@ _HOME = {
     "RunError": ".run_folder",
     "check": ".preflight",
     "load": ".loader",
+    "notes": ".needs",
     "run": ".chain",
 }
 

@@ -12,7 +12,7 @@ from .faults import RecipeError
 from .preflight import check
 from .rl import run_rl
 from .run_folder import RunError, RunFolder
-from .schema import Recipe, Sft
+from .schema import Recipe, Rl, Sft
 from .select import run_select
 from .sft import run_sft
 from .training import ADAPTER
@@ -76,9 +76,11 @@ def _steps(recipe: Recipe, folder: RunFolder) -> Iterator[tuple[str, Callable[[]
                 name = f"sft-{control}" if control else "sft"
                 yield name, lambda s=stage, c=control: run_sft(recipe, s, folder, c)
                 adapters.append(name)
-        elif stage.stage == "rl":
-            yield "rl", lambda s=stage: run_rl(recipe, s, folder)
-            adapters.append("rl")
+        elif isinstance(stage, Rl):
+            for control in [None, *stage.controls]:
+                name = f"rl-{control}" if control else "rl"
+                yield name, lambda s=stage, c=control: run_rl(recipe, s, folder, c)
+                adapters.append(name)
         else:
             yield "verify", lambda s=stage, a=tuple(adapters): run_verify(recipe, s, folder, list(a))
 

@@ -75,7 +75,9 @@ def faults_from_validation(error: ValidationError, document: "Document", model: 
     faults = []
     for finding in findings:
         rivals = members[finding.path] if finding.labelled else [finding]
-        if finding.wrong and finding.labelled:
+        if finding.alone and len(rivals) == 1 and finding.path not in deeper:
+            finding = _Finding(finding.path, finding.alone)
+        elif finding.wrong and finding.labelled:
             if finding.path in deeper or not all(rival.wrong for rival in rivals):
                 continue  # another member of the union takes such a value, and says what is wrong in it
             names = dict.fromkeys(rival.wrong for rival in rivals)
@@ -116,6 +118,7 @@ class _Finding:
     wrong: str = ""  # for a value of the wrong type: what it should be
     labelled: bool = False  # whether a member of a union says it
     hint: str = ""
+    alone: str = ""  # the sentence where no other member of the union complains
 
     def sentence(self) -> str:
         return f"{self.text} is not {self.wrong}{self.hint}" if self.wrong else self.text
@@ -141,7 +144,8 @@ def _finding(item: ErrorDetails, model: type[BaseModel], data: Any) -> _Finding:
     if kind in ("literal_error", "enum"):
         allowed = choices_of(spot.options) or _unquoted(context["expected"])
         if spot.labelled:
-            return _Finding(spot.path, shown, wrong=_one_of(allowed), labelled=True)
+            alone = f"{shown} is unknown" + _allowed(value, allowed)
+            return _Finding(spot.path, shown, wrong=_one_of(allowed), labelled=True, alone=alone)
         return _Finding(spot.path, f"{shown} is unknown" + _allowed(value, allowed))
     for start, wrong in _WRONG.items():
         if kind.startswith(start):

@@ -9,7 +9,8 @@ from pydantic import ValidationError
 from .data_faults import select_gaps
 from .faults import Fault, RecipeError, faults_from_validation
 from .overrides import apply_overrides
-from .schema import Recipe
+from .own import is_own
+from .schema import Recipe, Rl
 from .shipped import shipped_text
 from .trainer_args import set_by_krontune
 from .yaml12 import Document, read
@@ -82,6 +83,56 @@ def _order_faults(recipe: Recipe) -> Iterator[tuple[tuple[str | int, ...], str]]
             yield at, "the rl stage continues an sft stage's adapter, and none comes before; add one, or give adapter"
         if stage.stage == "rl" and "sft" in before and stage.adapter is not None:
             yield ("stages", number, "adapter"), "the rl stage continues the sft stage's adapter; leave 'adapter' out"
-        if stage.stage == "verify" and stage.task is None and "rl" not in before:
-            yield at, "the verify stage takes its task from an rl stage, and none comes before it; give task"
+        if stage.stage == "verify" and stage.task is None:
+            rl = recipe.stage("rl") if "rl" in before else None
+            if rl is None:
+                yield at, "the verify stage takes its task from an rl stage, and none comes before it; give task"
+            elif rl.task is None:
+                yield at, "the verify stage takes its task from the rl stage, which has data and no task; give task"
+        if isinstance(stage, Rl):
+            yield from ((("stages", number, *path), message) for path, message in _rl_faults(stage))
+        yield from _own_faults(recipe, number, stage)
         before.append(stage.stage)
+
+
+def _rl_faults(stage: Rl) -> Iterator[tuple[tuple[str | int, ...], str]]:
+    """Which keys of an rl stage go together."""
+    if (stage.task is None) == (stage.data is None):
+        what = "task and data exclude each other; leave one out" if stage.task else "the rl stage needs a task or data"
+        yield ("data" if stage.task else "stage",), what
+        return
+    shipped = not is_own(stage.reward)
+    if stage.data is not None:
+        for key in ("instances", "hints"):
+            if key in stage.model_fields_set and getattr(stage, key) != type(stage).model_fields[key].default:
+                yield (key,), f"{key!r} is of a task; over data all rows are used, as they are"
+        if shipped and stage.reward != "math":
+            yield (
+                ("reward",),
+                f"reward {stage.reward!r} needs a task; over data give math, or your own package.module:name",
+            )
+        if "format" in stage.controls and not shipped:
+            yield ("controls",), "the control 'format' knows a task's form or the box of reward math; leave it out here"
+    else:
+        if stage.reward == "math":
+            yield ("reward",), "reward 'math' compares with a column of data; a task is checked by 'certificate'"
+        if stage.instruction is not None:
+            yield ("instruction",), "'instruction' is put after the prompts of data; a task writes its own"
+    if stage.reward == "random" and not isinstance(stage.guard, str) and stage.guard is not None:
+        yield ("guard",), "reward 'random' reads nothing and runs without a guard; leave 'guard' out"
+
+
+def _own_faults(recipe: Recipe, number: int, stage: Any) -> Iterator[tuple[tuple[str | int, ...], str]]:
+    """Code of the user's own that the recipe does not say it may run."""
+    named = {}
+    if stage.stage in ("rl", "verify") and stage.task is not None:
+        named["task", "name"] = stage.task.name
+    if isinstance(stage, Rl):
+        named["reward",] = stage.reward
+    for path, name in named.items():
+        if is_own(name) and name not in recipe.allow:
+            yield (
+                ("stages", number, *path),
+                f"{name!r} is code outside krontune, which a recipe runs only where it says so; if you trust it, add "
+                f"at the top level: allow: [{name!r}]",
+            )

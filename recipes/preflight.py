@@ -6,21 +6,27 @@ import re
 import tempfile
 from collections.abc import Iterator
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from ..adapters.base import resolve_model
 from ..adapters.embedded import NAME
-from ..rl import CertificateReward
+from ..rl import CertificateTask, Guarded, RlError, TokenCredit
 from .data_faults import Found, select_faults, source_faults, tried
 from .faults import Fault
-from .rl import make_credit, make_risk, make_task
-from .schema import Adapter, Recipe
+from .needs import HUB_TIMEOUT_S, out_of_reach
+from .own import is_own
+from .reward_trial import NOT_JUDGED, ROWS, faults_of_reward, right_forms
+from .rewards import make_reward
+from .rl import make_credit, make_risk, make_task, training_rows
+from .rows import Row
+from .schema import Adapter, Recipe, Rl
 from .trainer_args import given
 from .training import moka_config, trainer_arguments
 from .verify_checks import wanted
 
-HUB_TIMEOUT_S = 5.0
+BINARY = ("certificate", "answer", "ids_exact", "format", "wrong_label", "random", "math")
 
 # Values that TRL's classes take, and that train nothing or end in the middle of a run.
 LEAST = {
@@ -90,41 +96,110 @@ def _sft_faults(recipe: Recipe, stage: Any) -> Found:
     yield from _trainer_faults(recipe, stage, "SFTConfig")
 
 
-def _rl_faults(recipe: Recipe, stage: Any) -> Found:
+def _rl_faults(recipe: Recipe, stage: Rl) -> Found:
     if stage.adapter is not None:
         yield from _adapter_faults(stage.adapter)
-    yield from tried(
-        ("task",),
-        lambda: make_task(stage.task).instances(
-            stage.instances, stage.task.n, recipe.seed, "train", stage.task.discriminating
-        ),
-    )
-    yield from tried(("reward",), lambda: CertificateReward(make_task(stage.task), stage.reward))
     yield from tried(("credit",), lambda: make_credit(stage))
     yield from tried(("risk",), lambda: make_risk(stage))
     yield from _conflicts(stage)
     yield from _trainer_faults(recipe, stage, "GRPOConfig")
+    task, faults = None, []
+    if stage.task is not None:
+        settings = stage.task
+        faults = list(
+            tried(
+                ("task",),
+                lambda: make_task(settings).instances(
+                    stage.instances, settings.n, recipe.seed, "train", settings.discriminating
+                ),
+            )
+        )
+        yield from faults
+        task = None if faults else make_task(settings)
+    built = list(tried(("reward",), lambda: make_reward(stage, task, recipe.seed))) if not faults else []
+    yield from built
+    if not faults and not built:
+        yield from _reward_faults(recipe, stage, task)
 
 
-def _conflicts(stage: Any) -> Found:
+def _reward_faults(recipe: Recipe, stage: Rl, task: CertificateTask | None) -> Found:
+    """The rows of the stage, and its reward on a few of them."""
+    if any(out_of_reach(source) for source in stage.data or ()):
+        if stage.reward == "math":  # which can be tried without the data; what is left out, `needs` says
+            column = str(stage.reward_options.get("column", "answer"))
+            yield from _tried_reward(
+                recipe, stage, task, [{"prompt": "1 + 1", column: "2"}, {"prompt": "1", column: "1"}]
+            )
+        return
+    few = stage if task is None else stage.model_copy(update={"instances": min(stage.instances, ROWS), "hints": 0.0})
+    try:
+        rows = [dict(row) for row in islice(training_rows(few, recipe.seed), ROWS)]
+    except (ValueError, OSError) as error:
+        yield ("task" if task else "data",), " ".join(str(error).split())
+        return
+    if not rows:
+        yield ("data",), "data is empty: its sources hold no rows"
+    elif is_own(stage.reward) or stage.reward not in NOT_JUDGED:
+        yield from _tried_reward(recipe, stage, task, rows)
+
+
+def _tried_reward(recipe: Recipe, stage: Rl, task: CertificateTask | None, rows: list[Row]) -> Found:
+    reward = make_reward(stage, task, recipe.seed)
+    try:
+        faults = list(faults_of_reward(reward, rows, right_forms(stage, rows, task)))
+    except RlError as error:  # of the guard: the reward cannot be sent to its workers
+        faults = [str(error)]
+    finally:
+        if isinstance(reward, Guarded):
+            reward.close()
+    yield from ((("reward",), " ".join(fault.split())) for fault in faults)
+
+
+def _conflicts(stage: Rl) -> Found:
     """What is right alone and wrong together."""
     trainer = given(stage.trainer)
-    credited = stage.credit is not None and stage.credit.strategy != "off"
-    whole = trainer.get("importance_sampling_level") == "sequence" or trainer.get("loss_type") == "luspo"
-    if credited and whole:
-        yield ("credit",), "sequence-level importance sampling erases token credit: use level token, or credit: null"
+    credit = given(stage.credit) if stage.credit is not None else {"strategy": "off"}
+    strategy = credit.get("strategy", "coupled")
+    if strategy != "off":
+        yield from ((("credit",), message) for message in _lost_credit(strategy, credit, trainer))
     if stage.risk is None:
         return
     risk = given(stage.risk)
-    binary = stage.reward in ("certificate", "answer", "ids_exact", "format", "wrong_label", "random")
-    tail = risk.get("weight", 0.0) > 0.5 and risk.get("alpha", 0.5) < 1
-    if binary and tail and not risk.get("allow_binary"):
+    if "scale_rewards" in trainer and trainer["scale_rewards"] not in (False, "none"):
+        yield ("risk",), "risk takes the place of scale_rewards, which would do nothing; leave one of them out"
+    if trainer.get("multi_objective_aggregation", "sum_then_normalize") != "sum_then_normalize":
+        yield ("risk",), "risk needs one reward a completion: set multi_objective_aggregation to sum_then_normalize"
+    batch, group = (trainer.get(key) or 0 for key in ("per_device_train_batch_size", "num_generations"))
+    if batch > 0 and group > 0:
+        steps = trainer.get("steps_per_generation") or trainer.get("gradient_accumulation_steps") or 1
+        prompts = batch * steps // group
+        if prompts % max(risk.get("bundle", 1), 1):
+            yield ("risk", "bundle"), f"a batch of {prompts} prompts cannot be cut into bundles of {risk['bundle']}"
+    tail = risk.get("weight", 0.5) > 0.5 and risk.get("alpha", 0.5) < 1
+    if stage.reward in BINARY and tail and not risk.get("allow_binary"):
         yield (
             ("risk",),
             (
                 f"weight {risk['weight']} with the 0/1 reward {stage.reward!r} leaves seldom solved prompts without "
                 "gradient: use at most 0.5, a graded reward, or allow_binary: true"
             ),
+        )
+
+
+def _lost_credit(strategy: str, credit: dict[str, Any], trainer: dict[str, Any]) -> Iterator[str]:
+    """Settings under which token credit would do nothing, or cannot be found."""
+    if trainer.get("importance_sampling_level") == "sequence" or trainer.get("loss_type") == "luspo":
+        yield "sequence-level importance sampling erases token credit: use level token, or credit: null"
+    for key in ("fsdp", "deepspeed"):
+        if trainer.get(key):
+            yield f"token credit reads a part of the model's forward, which {key} does not allow; leave {key} out"
+    low = next(iter(credit.get("horizon") or TokenCredit.horizon), 0)
+    length = trainer.get("max_completion_length")
+    if strategy in ("coupled", "anchor", "bottom") and length and length < 2 * low:
+        yield (
+            f"{strategy} credits by the attention that a token gets {low} tokens later or more, and leaves "
+            f"responses shorter than twice that alone: with max_completion_length {length} it would do nothing; lower "
+            "the horizon"
         )
 
 

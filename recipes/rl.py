@@ -1,11 +1,16 @@
-"""The rl stage: GRPO with a verifiable reward, continuing the adapter, through TRL."""
+"""The rl stage and its controls: GRPO with a verifiable reward, continuing the adapter, through TRL."""
 
+from pathlib import Path
 from typing import Any
 
+from datasets import Dataset
 from trl import GRPOConfig
 
-from ..rl import CertificateReward, CertificateTask, Risk, TokenCredit, TokenCreditGRPOTrainer, checks, get_task
+from ..rl import CertificateTask, Guarded, Risk, TokenCredit, TokenCreditGRPOTrainer, checks, get_task
+from .own import import_own, is_own
 from .progress import Report
+from .prompts import read_prompts
+from .rewards import guard_of, make_reward, monitored
 from .rows import fingerprint
 from .run_folder import RunError, RunFolder
 from .schema import Recipe, Rl, Task
@@ -14,66 +19,108 @@ from .training import ADAPTER, exact_parameters, new_adapter, saved_adapter, tra
 
 
 def make_task(task: Task) -> CertificateTask:
+    if is_own(task.name):
+        import_own(task.name)  # with its own words for what cannot be imported
     return get_task(task.name, **task.options)
 
 
 def make_credit(stage: Rl) -> TokenCredit:
-    return TokenCredit(strategy="off") if stage.credit is None else TokenCredit(**given(stage.credit))
+    if stage.credit is None:
+        return TokenCredit(strategy="off")
+    settings = given(stage.credit)
+    return TokenCredit.preset(settings.pop("preset", "v2"), **settings)
 
 
 def make_risk(stage: Rl) -> Risk | None:
     return None if stage.risk is None else Risk(**given(stage.risk))
 
 
-def instances_of(stage: Rl, seed: int) -> Any:
-    """The training instances, as a data set."""
+def training_rows(stage: Rl, seed: int) -> Dataset:
+    """The rows to train on: instances of the task, or the stage's data.
+
+    Raises:
+        RlError, DataSelectionError: they cannot be made or read.
+        ConnectionError: a data set of the Hub is neither here nor within reach.
+    """
+    if stage.task is None:
+        return Dataset.from_list(read_prompts(stage.data or (), stage.instruction))
     task = make_task(stage.task)
     return task.dataset(stage.instances, stage.task.n, seed, "train", stage.task.discriminating, stage.hints)
 
 
-def run_rl(recipe: Recipe, stage: Rl, run: RunFolder) -> None:
-    """Train on fresh instances of the task's train split; every completion is judged by the task's own check."""
-    folder = run.begin("rl")
-    task = make_task(stage.task)
+def run_rl(recipe: Recipe, stage: Rl, run: RunFolder, control: str | None = None) -> None:
+    """Train on the stage's rows with its reward, or, as a control, with one that knows nothing and otherwise alike."""
+    name = f"rl-{control}" if control else "rl"
+    folder = run.begin(name)
+    task = None if stage.task is None else make_task(stage.task)
     if stage.adapter is None:
         model, tokenizer = saved_adapter(recipe, run.path / "sft" / ADAPTER)
     else:
         model, tokenizer = new_adapter(recipe, stage.adapter)
-    dataset = instances_of(stage, recipe.seed)
-    run.add_data("rl", rows=len(dataset), sha256=fingerprint({"instance": text} for text in dataset["instance"]))
-    alarms = checks.Alarms()
-    with exact_parameters(model):
-        trainer = TokenCreditGRPOTrainer(
-            model=model,
-            args=GRPOConfig(**trainer_arguments(recipe, stage.trainer, folder)),
-            reward_funcs=[CertificateReward(task, stage.reward)],
-            credit=make_credit(stage),
-            risk=make_risk(stage),
-            train_dataset=dataset,
-            processing_class=tokenizer,
-            callbacks=[Report("rl", run, shown=("reward", f"{task.name}/certificate_accuracy")), alarms],
-            dense_rollouts=recipe.base.dense_generation,
-            share_prompts=stage.share_prompts,
-        )
-    train(trainer, run, "rl", folder, tokenizer, reward=lambda: _reward_after(run, alarms, folder))
+    dataset = training_rows(stage, recipe.seed)
+    run.add_data(name, rows=len(dataset), sha256=_fingerprint(dataset, task))
+    own_task = stage.task is not None and is_own(stage.task.name)
+    reward = monitored(make_reward(stage, task, recipe.seed, control), task, own_task)
+    guard = guard_of(reward)
+    # A control that earns nothing has learned nothing, which is an answer, too.
+    alarms = checks.Alarms(stop_on_zero=control is None)
+    shown = ("reward", f"{task.name}/all/optimal") if task else ("reward",)
+    try:
+        with exact_parameters(model):
+            trainer = TokenCreditGRPOTrainer(
+                model=model,
+                args=GRPOConfig(**trainer_arguments(recipe, stage.trainer, folder)),
+                reward_funcs=[reward],
+                credit=make_credit(stage),
+                risk=make_risk(stage),
+                train_dataset=dataset,
+                processing_class=tokenizer,
+                callbacks=[Report(name, run, shown=shown), alarms],
+                dense_rollouts=recipe.base.dense_generation,
+                share_prompts=stage.share_prompts,
+            )
+        outcome = lambda: _reward_after(run, name, alarms, folder, task, guard)  # noqa: E731
+        train(trainer, run, name, folder, tokenizer, reward=outcome)
+    finally:
+        if guard is not None:
+            guard.close()
 
 
-def _reward_after(run: RunFolder, alarms: checks.Alarms, folder: Any) -> dict[str, Any] | None:
+def _fingerprint(dataset: Dataset, task: CertificateTask | None) -> str:
+    if task is None:
+        return fingerprint(dict(row) for row in dataset)
+    return fingerprint({"instance": text} for text in dataset["instance"])
+
+
+def _reward_after(
+    run: RunFolder,
+    name: str,
+    alarms: checks.Alarms,
+    folder: Path,
+    task: CertificateTask | None,
+    guard: Guarded | None,
+) -> dict[str, Any] | None:
     """How the reward changed; what the checks say of its course is written beside the adapter.
 
     Raises:
         RunError: the training was stopped because nothing earned a reward.
     """
     if alarms.stopped:
-        raise RunError(f"rl: {alarms.stopped}")
-    checks.write_report([alarms.result(), checks.collapse(alarms.logs)], folder / "rlvr_report.json", {"stage": "rl"})
-    return _reward_change(run)
+        why = f"; the guard says: {guard.last_error}" if guard is not None and guard.last_error else ""
+        raise RunError(f"{name}: {alarms.stopped}{why}")
+    found = [alarms.result(), checks.collapse(alarms.logs)]
+    if task is not None:
+        found.append(checks.divergence(alarms.logs, f"{task.name}/all/optimal"))
+    if guard is not None:
+        found.append(checks.verifier_health(guard.counts))
+    checks.write_report(found, folder / "rlvr_report.json", {"stage": name})
+    return _reward_change(run, name)
 
 
-def _reward_change(run: RunFolder) -> dict[str, Any] | None:
+def _reward_change(run: RunFolder, name: str = "rl") -> dict[str, Any] | None:
     """Mean reward over the first and the last quarter of the log, each line of which is a mean over the steps since
     the one before; None where nothing was logged."""
-    lines = [line for line in run.metrics("rl") if "reward" in line]
+    lines = [line for line in run.metrics(name) if "reward" in line]
     if not lines:
         return None
     quarter = max(1, len(lines) // 4)

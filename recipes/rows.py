@@ -37,7 +37,7 @@ def source_rows(source: Source, name: str) -> Iterator[Row]:
                 yield json.loads(line)
     elif isinstance(source, Puzzles):
         for kind in source.puzzles:
-            for puzzle in worked_examples(kind, source.size, source.seed, source.n, source.split):
+            for puzzle in worked_examples(kind, source.size, source.seed, source.n, source.split, source.options):
                 yield {
                     "prompt": [{"role": "user", "content": puzzle["prompt"]}],
                     "completion": [{"role": "assistant", "content": puzzle["completion"]}],
@@ -90,17 +90,18 @@ def check_row(row: Row, where: str) -> None:
     if isinstance(row.get("text"), str):
         return
     if "messages" in row:
-        _check_messages(row["messages"], where, "messages")
+        check_messages(row["messages"], where, "messages")
         if not any(message["role"] == "assistant" for message in row["messages"]):
             raise DataSelectionError(f"{where}: no message is the assistant's, so there is nothing to learn from")
     elif isinstance(row.get("prompt"), list) and isinstance(row.get("completion"), list):
-        _check_messages(row["prompt"], where, "prompt")
-        _check_messages(row["completion"], where, "completion")
+        check_messages(row["prompt"], where, "prompt")
+        check_messages(row["completion"], where, "completion")
     elif not (isinstance(row.get("prompt"), str) and isinstance(row.get("completion"), str)):
         raise DataSelectionError(f"{where}: 'prompt' and 'completion' must be both strings or both lists of messages")
 
 
-def _check_messages(messages: Any, where: str, column: str) -> None:
+def check_messages(messages: Any, where: str, column: str) -> None:
+    """Raises DataSelectionError where these are no chat messages."""
     good = isinstance(messages, list) and messages
     for message in messages if good else ():
         good = good and isinstance(message.get("role"), str) and isinstance(message.get("content"), str)

@@ -147,8 +147,8 @@ def recipe_text(recipe: Recipe) -> str:
     for stage, values in zip(recipe.stages, content["stages"], strict=True):
         if isinstance(stage, Sft | Rl):
             values["trainer"] = given(stage.trainer)
-        for key in ("credit", "risk"):
-            if values.get(key) is not None:
+        for key in ("credit", "risk", "guard"):
+            if isinstance(values.get(key), dict):
                 values[key] = given(getattr(stage, key))
     return yaml.dump(content, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 

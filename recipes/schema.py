@@ -5,8 +5,17 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, PrivateAttr, Tag
 
-from .trainer_args import CreditArgs, GrpoTrainerArgs, RiskArgs, SftTrainerArgs
+from .own import is_own
+from .trainer_args import CreditArgs, GrpoTrainerArgs, GuardArgs, RiskArgs, SftTrainerArgs
 from .yaml12 import Document
+
+# Two forms of a name: one of those that come with krontune, or code of the user's own.
+OWN = r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*$"
+OwnPath = Annotated[str, Field(pattern=OWN)]
+
+
+def _whose(name: Any) -> str:
+    return "own" if isinstance(name, str) and is_own(name) else "shipped"
 
 
 class Section(BaseModel):
@@ -34,7 +43,9 @@ class Shipped(Section):
 
 
 class Puzzles(Section):
-    puzzles: list[Literal["sorting", "arithmetic", "scheduling", "lis"]] = Field(min_length=1)
+    puzzles: list[
+        Literal["sorting", "arithmetic", "scheduling", "activity", "activity_weighted", "countdown", "knapsack", "lis"]
+    ] = Field(min_length=1)
     """Kinds of worked puzzles to generate."""
     size: int = Field(ge=1)
     """How many of each kind."""
@@ -42,6 +53,8 @@ class Puzzles(Section):
     """Rows of a puzzle, from and to."""
     split: Literal["train", "validation", "test"] = "train"
     """Splits share no puzzle, whatever the seeds."""
+    options: dict[str, Any] = {}
+    """Of the tasks among them, e.g. {weights: [1, 9]} for activity_weighted."""
     seed: int = Field(default=0, ge=0)
 
 
@@ -213,9 +226,35 @@ class Sft(Section):
     """Any field of trl.SFTConfig."""
 
 
+class HubRows(Section):
+    hub: str = Field(min_length=1)
+    """A data set of the Hub, or a folder with one."""
+    config: str | None = None
+    """Which of its configurations."""
+    split: str = "train"
+    """Which of its splits."""
+    revision: str | None = None
+    """A branch, tag or commit."""
+
+
+RowSource = Annotated[
+    Annotated[str, Tag("path")] | Annotated[HubRows, Tag("hub")],
+    Discriminator(lambda value: "path" if isinstance(value, str) else "hub"),
+]
+RowSources = Annotated[
+    list[RowSource],
+    Field(min_length=1),
+    BeforeValidator(lambda v: v if isinstance(v, list) else [v], json_schema_input_type=RowSource | list[RowSource]),
+]
+
+
 class Task(Section):
-    name: Literal["activity", "activity_weighted", "countdown", "knapsack", "lis"]
-    """What is asked, see docs/tasks.md."""
+    name: Annotated[
+        Annotated[Literal["activity", "activity_weighted", "countdown", "knapsack", "lis"], Tag("shipped")]
+        | Annotated[OwnPath, Tag("own")],
+        Discriminator(_whose),
+    ]
+    """What is asked, see docs/tasks.md; or a task of your own, package.module:Class."""
     n: Annotated[list[int], Field(min_length=2, max_length=2)]
     """Rows of an instance, from and to."""
     options: dict[str, Any] = {}
@@ -226,25 +265,47 @@ class Task(Section):
 
 class Rl(Section):
     stage: Literal["rl"]
-    task: Task
+    task: Task | None = None
+    """What is asked. Give this or data."""
+    data: RowSources | None = None
+    """Rows of your own, each with a prompt and with what the reward reads. Give this or task."""
+    instruction: str | None = None
+    """Put after each prompt of data, e.g. how the answer is to be marked."""
     instances: int = Field(default=1000, ge=1)
-    """Training instances to draw, all from the train split."""
+    """Training instances of the task to draw, all from the train split."""
     hints: float = Field(default=0.0, ge=0, le=1)
-    """Share of the prompts that carry the method in one line."""
-    reward: Literal[
-        "certificate",
-        "answer",
-        "ids_exact",
-        "ids_prefix",
-        "shaped",
-        "sorted_preface",
-        "format",
-        "wrong_label",
-        "mixture",
-        "curriculum",
-        "random",
+    """Share of the task's prompts that carry the method in one line."""
+    reward: Annotated[
+        Annotated[
+            Literal[
+                "certificate",
+                "answer",
+                "ids_exact",
+                "ids_prefix",
+                "shaped",
+                "sorted_preface",
+                "format",
+                "wrong_label",
+                "mixture",
+                "curriculum",
+                "random",
+                "math",
+            ],
+            Tag("shipped"),
+        ]
+        | Annotated[OwnPath, Tag("own")],
+        Discriminator(_whose),
     ] = "certificate"
-    """certificate: the chosen rows are feasible and optimal. The others: see krontune.rl.CertificateReward."""
+    """certificate: the chosen rows are feasible and optimal; others of a task: see krontune.rl.CertificateReward; math:
+    the boxed answer equals a column of data, by math-verify; or your own, package.module:name."""
+    reward_options: dict[str, Any] = {}
+    """Of the reward, e.g. {weights: {answer: 0.9, format: 0.1}} of mixture, {column: solution} of math, or the
+    arguments of a class of your own."""
+    guard: GuardArgs | Literal["auto"] | None = "auto"  # pyright: ignore[reportInvalidTypeForm]
+    """Options of krontune.rl.Guarded, killable child processes for the reward; auto: they are used for code of your
+    own and for math; null: never."""
+    controls: list[Literal["random", "format"]] = []
+    """Also run this stage with a reward that knows nothing, to see what the training alone gains."""
     credit: CreditArgs | None = None  # pyright: ignore[reportInvalidTypeForm]
     """Any field of krontune.rl.TokenCredit; null for none."""
     risk: RiskArgs | None = None  # pyright: ignore[reportInvalidTypeForm]
@@ -310,6 +371,8 @@ class Recipe(Section):
     """One line, shown by `krontune recipes`."""
     seed: int = Field(default=0, ge=0, lt=2**32)
     """Of data selection, initialisation, batches and sampling."""
+    allow: list[OwnPath] = []
+    """Code of your own that this recipe may import and run, each package.module:name."""
     base: BaseModelSection
     stages: Annotated[list[Stage], Field(min_length=1)]
 

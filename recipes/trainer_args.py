@@ -1,5 +1,5 @@
 """The sections made of dataclasses, typed, without instantiating them: `trainer:` of every field of TRL's SFTConfig
-and GRPOConfig, `credit:` and `risk:` of TokenCredit and Risk.
+and GRPOConfig, `credit:` and `risk:` of TokenCredit and Risk, `guard:` of Guarded's options.
 
 The classes themselves cannot check a recipe: they start the accelerator, and stop at the first fault.
 Values are taken as they stand: `max_steps: true` is not 1. A whole number is fine where a number is asked for.
@@ -7,13 +7,14 @@ Values are taken as they stand: `max_steps: true` is not 1. A whole number is fi
 
 import dataclasses
 import enum
+import inspect
 import types
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from pydantic import BaseModel, ConfigDict, Field, create_model
 from trl import GRPOConfig, SFTConfig
 
-from ..rl import Risk, TokenCredit
+from ..rl import Guarded, Risk, TokenCredit
 
 PREPARED = "krontune tokenises the rows: a text is learned whole, of a chat or a prompt and completion only the answer"
 
@@ -71,8 +72,27 @@ def _plain(hint: Any) -> Any:
 
 SftTrainerArgs = _section("SftTrainerArgs", SFTConfig, "Any field of trl.SFTConfig.")
 GrpoTrainerArgs = _section("GrpoTrainerArgs", GRPOConfig, "Any field of trl.GRPOConfig.")
-CreditArgs = _section("CreditArgs", TokenCredit, "Any field of krontune.rl.TokenCredit.")
+_Credit = _section("_Credit", TokenCredit, "Any field of krontune.rl.TokenCredit.")
+
+
+class CreditArgs(_Credit):  # pyright: ignore[reportGeneralTypeIssues, reportUntypedBaseClass]
+    """Any field of krontune.rl.TokenCredit, and a preset that the others change."""
+
+    preset: Literal["v1", "v2"] = Field("v2", description="The settings of one version of arXiv 2510.13554.")
+
+
 RiskArgs = _section("RiskArgs", Risk, "Any field of krontune.rl.Risk.")
+
+
+def _options(name: str, function: Any, doc: str, left_out: tuple[str, ...]) -> type[BaseModel]:
+    """A section of a function's arguments that have a default."""
+    hints = get_type_hints(function)
+    names = [p.name for p in inspect.signature(function).parameters.values() if p.default is not p.empty]
+    fields: dict[str, Any] = {n: (_plain(hints[n]), Field(None)) for n in names if n not in left_out}
+    return create_model(name, __config__=ConfigDict(extra="forbid", frozen=True, strict=True), __doc__=doc, **fields)
+
+
+GuardArgs = _options("GuardArgs", Guarded.__init__, "Options of krontune.rl.Guarded.", left_out=("failed",))
 
 
 def given(section: BaseModel) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 import random
 import re
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 from zlib import crc32
 
@@ -14,7 +15,7 @@ from .tasks.base import CertificateTask, Mark
 from .tasks.options import unknown
 from .tasks.preface import stated_order
 
-__all__ = ["KINDS", "PARTS", "CertificateReward", "Guarded", "MathReward"]
+__all__ = ["KINDS", "PARTS", "BoxedFormat", "CertificateReward", "Guarded", "MathReward", "RandomReward"]
 
 SHAPED_POWER = 5
 
@@ -246,6 +247,12 @@ class MathReward:
         self.column = column
         self.__name__ = "math"
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Loaded with math-verify where it is there: a guard's worker then imports it once, outside any time limit."""
+        self.__dict__.update(state)
+        with suppress(ImportError):
+            import math_verify  # noqa: F401
+
     def __call__(
         self, prompts: Sequence[Any] | None = None, completions: Sequence[Any] | None = None, **columns: Any
     ) -> list[float | None]:
@@ -285,6 +292,36 @@ class MathReward:
                 return 0.0
         found = parse(f"\\boxed{{{box}}}", **how)
         return float(bool(found) and verify(truth, found, timeout_seconds=None))
+
+
+class RandomReward:
+    """1 with probability 1/2, whatever the text: the control of any reward (arXiv 2506.10947).
+
+    Drawn from a stream of `seed` that goes on from call to call. It reads nothing, so it needs no `Guarded`.
+    """
+
+    def __init__(self, seed: int = 0):
+        self._coin = random.Random(seed)
+        self.__name__ = "random"
+
+    def __call__(
+        self, prompts: Sequence[Any] | None = None, completions: Sequence[Any] | None = None, **columns: Any
+    ) -> list[float]:
+        """One reward per completion."""
+        return [float(self._coin.random() < 0.5) for _ in completions or ()]
+
+
+class BoxedFormat:
+    r"""1 where the text after the last `</think>` has a `\boxed{...}`, whatever is in it: a control of `MathReward`."""
+
+    __name__ = "boxed_format"
+
+    def __call__(
+        self, prompts: Sequence[Any] | None = None, completions: Sequence[Any] | None = None, **columns: Any
+    ) -> list[float]:
+        """One reward per completion."""
+        texts = [completion_text(completion) for completion in completions or ()]
+        return [float(bool(_boxes(text[text.rfind("</think>") + 1 :]))) for text in texts]
 
 
 def _boxes(text: str) -> list[str]:

@@ -185,6 +185,40 @@ def test_recipe_overrides_and_folder_arrive_where_they_are_used(recipe, tmp_path
     assert json.loads((tmp_path / "there" / "run.json").read_text())["seed"] == 7
 
 
+def test_audit_prints_a_table_writes_its_report_and_exits_by_the_verdicts(tmp_path, monkeypatch):
+    from krontune.recipes import audit
+    from krontune.rl.checks import CheckResult
+
+    monkeypatch.chdir(tmp_path)
+    verdict = CheckResult("verifier", 0.0, (0.0, 0.1), 40, 0.0, "pass")
+    for outcome, code in (("pass", 0), ("warn", 0), ("fail", 1)):
+        found = CheckResult("heuristics", 0.9, (0.8, 0.95), 256, 0.5, outcome, {"best": "heaviest"})
+        monkeypatch.setattr(audit, "audit", lambda recipe, found=found: [verdict, found])
+        result = krontune("audit", "quickstart", "--out", "report.json")
+        assert result.exit_code == code and outcome in result.stdout and "[0.800, 0.950]" in result.stdout
+        assert ("'heaviest' earns 0.90" in result.stdout) == (outcome != "pass")
+        assert json.loads((tmp_path / "report.json").read_text())["verdicts"][outcome] >= 1
+        told = krontune("audit", "quickstart", "--json")
+        assert told.exit_code == code and json.loads(told.stdout)["checks"][1]["verdict"] == outcome
+
+
+def test_audit_of_a_recipe_without_a_reward_is_refused_with_code_2(recipe):
+    assert "there is no rl stage" in refused(krontune("audit", recipe), 2)
+
+
+def test_check_of_a_recipe_for_a_gpu_and_the_hub_says_what_it_needs_and_has_no_faults(monkeypatch):
+    from krontune.recipes import needs
+
+    monkeypatch.setattr(needs, "_hub_answers", lambda: False)
+    monkeypatch.setattr("torch.accelerator.is_available", lambda: False)
+    monkeypatch.setattr("krontune.recipes.preflight._hub_faults", lambda repo, revision: iter(()))
+    result = krontune("check", "grpo_math")
+    assert result.exit_code == 0, result.output
+    assert "'Qwen/Qwen3-0.6B-Base' is not on this machine and comes from the Hub" in result.stdout
+    assert "data set 'open-r1/DAPO-Math-17k-Processed' comes from the Hub" in result.stdout
+    assert "needs a GPU" in result.stdout
+
+
 # ---------------------------------------------------------------- failures of a run
 
 FULL = OSError(errno.ENOSPC, "No space left on device", "runs/mine/sft/x")

@@ -3,6 +3,7 @@
 import re
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from statistics import median
 from typing import Any
 
@@ -75,19 +76,30 @@ def verifier(
     for place, one in enumerate(instances):
         cases += near_misses(task, one, stream("audit", seed, place))
     cases += [(f"hostile/{name}", instances[0], text, False) for name, text in HOSTILE.items()]
+    return audit(reward, cases, partial(_task_pay, task), item_timeout_s, guard)
+
+
+Case = tuple[str, Any, str, bool | None]
+
+
+def _task_pay(task: CertificateTask, runner: Callable[..., Any], cases: Sequence[Case]) -> list[Any]:
+    return pay_of(runner, task, [case[1] for case in cases], [case[2] for case in cases])
+
+
+def audit(
+    reward: Callable[..., Any], cases: list[Case], pay: Callable[..., list[Any]], item_timeout_s: float, guard: bool
+) -> CheckResult:
+    """The verdict on cases (kind, subject, text, must be paid); `pay(reward, cases)` calls the reward on some."""
     runner = reward if isinstance(reward, Guarded) or not guard else Guarded(reward, item_timeout_s, 120.0)
     try:
-        first, failures = _pay(runner, task, cases)
-        again = [_pay(runner, task, cases)[0] for _ in range(2)]
-        latency = _latency(runner, task, cases[:100])
+        first, failures = _pay(runner, pay, cases)
+        again = [_pay(runner, pay, cases)[0] for _ in range(2)]
+        latency = _latency(runner, pay, cases[:100])
     finally:
         if isinstance(runner, Guarded) and runner is not reward:
             runner.close()
     unstable = sum(len({repr(value) for value in values}) > 1 for values in zip(first, *again, strict=True))
     return _verdict(cases, first, failures, unstable, latency)
-
-
-Case = tuple[str, Instance, str, bool | None]
 
 
 def near_misses(task: CertificateTask, one: Instance, rng: Any) -> list[Case]:
@@ -154,17 +166,19 @@ def _form(ids: Sequence[int], answer: int) -> str:
     return f"\\ids{{{','.join(map(str, ids))}}} \\answer{{{answer}}}"
 
 
-def _pay(runner: Callable[..., Any], task: CertificateTask, cases: list[Case]) -> tuple[list[Any], dict[str, int]]:
+def _pay(
+    runner: Callable[..., Any], pay: Callable[..., list[Any]], cases: list[Case]
+) -> tuple[list[Any], dict[str, int]]:
     """Rewards, and how many texts failed by kind of failure."""
     if isinstance(runner, Guarded):
         before = dict(runner.counts)
-        paid = pay_of(runner, task, [case[1] for case in cases], [case[2] for case in cases])
+        paid = pay(runner, cases)
         failed = {what: count - before.get(what, 0) for what, count in runner.counts.items() if what != "scored"}
         return paid, {what: count for what, count in failed.items() if count}
     paid, failures = [], {}
-    for _, one, text, _ in cases:
+    for case in cases:
         try:
-            paid += pay_of(runner, task, [one], [text])
+            paid += pay(runner, [case])
         except RlError:
             raise
         except Exception:
@@ -173,12 +187,12 @@ def _pay(runner: Callable[..., Any], task: CertificateTask, cases: list[Case]) -
     return paid, failures
 
 
-def _latency(runner: Callable[..., Any], task: CertificateTask, cases: list[Case]) -> dict[str, float]:
+def _latency(runner: Callable[..., Any], pay: Callable[..., list[Any]], cases: list[Case]) -> dict[str, float]:
     """Milliseconds of one text at a time."""
     times = []
     for case in cases:
         start = time.perf_counter()
-        _pay(runner, task, [case])
+        _pay(runner, pay, [case])
         times.append(1000 * (time.perf_counter() - start))
     return {"median_ms": median(times), "p99_ms": sorted(times)[int(0.99 * (len(times) - 1))]}
 

@@ -1,11 +1,12 @@
 """Worked puzzles of several kinds: short tables with a right solution, as text to train on."""
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from ..errors import RlError
+from . import TASKS, get_task
 from .base import table
-from .lis import Lis
 from .splits import draw_distinct, size_range
 
 VALUES = (1, 99)
@@ -13,29 +14,33 @@ Rows = tuple[tuple[int, ...], ...]
 
 
 def worked_examples(
-    kind: str, size: int, seed: int = 0, n: int | Sequence[int] = (3, 5), split: str = "train"
+    kind: str,
+    size: int,
+    seed: int = 0,
+    n: int | Sequence[int] = (3, 5),
+    split: str = "train",
+    options: Mapping[str, Any] | None = None,
 ) -> list[dict[str, str]]:
     """`size` different puzzles of one kind with their solutions: {"prompt", "completion", "kind"}.
 
     kind: "sorting" (rows by increasing value), "arithmetic" (a sum, step by step), "scheduling" (as many
-    activities as possible that do not overlap, by earliest end) or "lis" (the task "lis", with its default
-    options). n: rows of a table, or a pair [low, high] drawn first. split: "train", "validation" or "test",
-    decided by a hash of the table as in `CertificateTask.instances`; for "lis" they are that task's own
-    splits. The same arguments give the same list; a larger size begins with the same puzzles.
+    activities as possible that do not overlap, by earliest end) or the name of a task, such as "lis". n: rows of
+    a table, or a pair [low, high] drawn first. split: "train", "validation" or "test", decided by a hash of the
+    table as in `CertificateTask.instances`; for a task they are that task's own splits. options: of a task. The
+    same arguments give the same list; a larger size begins with the same puzzles.
 
-    Raises RlError for an unknown kind or split, a bad size or n, or where a split has no more puzzles.
+    Raises RlError for an unknown kind, option or split, a bad size or n, or where a split has no more puzzles.
     """
-    if kind not in KINDS:
-        raise RlError(f"unknown kind of worked puzzle {kind!r}; kinds: {', '.join(KINDS)}")
-    return [
-        {"prompt": prompt, "completion": completion, "kind": kind}
-        for prompt, completion in KINDS[kind](size, n, seed, split)
-    ]
-
-
-def _lis(size: int, n: int | Sequence[int], seed: int, split: str) -> list[tuple[str, str]]:
-    task = Lis()
-    return [(task.prompt(item), task.completion(item)) for item in task.instances(size, n, seed, split)]
+    if kind in TASKS:
+        task = get_task(kind, **(options or {}))
+        pairs = [(task.prompt(item), task.completion(item)) for item in task.instances(size, n, seed, split)]
+    elif kind not in KINDS:
+        raise RlError(f"unknown kind of worked puzzle {kind!r}; kinds: {', '.join((*KINDS, *TASKS))}")
+    elif options:
+        raise RlError(f"the puzzle {kind!r} has no options, got {dict(options)}; only tasks have: {', '.join(TASKS)}")
+    else:
+        pairs = KINDS[kind](size, n, seed, split)
+    return [{"prompt": prompt, "completion": completion, "kind": kind} for prompt, completion in pairs]
 
 
 def _sorting(size: int, n: int | Sequence[int], seed: int, split: str) -> list[tuple[str, str]]:
@@ -59,7 +64,6 @@ KINDS: dict[str, Callable[..., list[tuple[str, str]]]] = {
     "sorting": _sorting,
     "arithmetic": _arithmetic,
     "scheduling": _scheduling,
-    "lis": _lis,
 }
 
 

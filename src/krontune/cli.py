@@ -39,7 +39,7 @@ def check(recipe: RecipeName, overrides: Overrides = None, show_traceback: Trace
     """Find every fault of a recipe that shows without training."""
 
     def body() -> None:
-        from krontune.recipes import RecipeError, load
+        from krontune.recipes import RecipeError, load, notes
         from krontune.recipes import check as find_faults
 
         loaded = load(recipe, overrides or ())
@@ -47,6 +47,8 @@ def check(recipe: RecipeName, overrides: Overrides = None, show_traceback: Trace
         if faults:
             raise RecipeError(faults)
         typer.echo(f"{recipe}: no faults; stages: {', '.join(stage.stage for stage in loaded.stages)}")
+        for note in notes(loaded):
+            typer.echo(f"{recipe}: note: {note}")
 
     _guarded(body, show_traceback)
 
@@ -66,6 +68,35 @@ def run(
         from krontune.recipes.report import print_report
 
         print_report(run_recipe(load(recipe, overrides or ()), out, say=typer.echo))
+
+    _guarded(body, show_traceback)
+
+
+@app.command()
+def audit(
+    recipe: RecipeName,
+    overrides: Overrides = None,
+    out: Annotated[Path, typer.Option("--out", help="The report to write, as JSON.")] = Path("rlvr_report.json"),
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON, and no table.")] = False,
+    show_traceback: Traceback = False,
+) -> None:
+    """Check the task, the data and the reward of a recipe before training; exit 1 where a check fails."""
+
+    def body() -> None:
+        from krontune.recipes import load
+        from krontune.recipes.audit import audit as run_checks
+        from krontune.recipes.audit import must_stop, print_audit
+        from krontune.rl.checks import write_report
+
+        loaded = load(recipe, overrides or ())
+        results = run_checks(loaded)
+        write_report(results, out, {"stage": "audit", "recipe": loaded.name})
+        if as_json:
+            typer.echo(out.read_text(encoding="utf-8"), nl=False)
+        else:
+            print_audit(results)
+        if must_stop(results):
+            sys.exit(FAILED_RUN)
 
     _guarded(body, show_traceback)
 

@@ -4,6 +4,7 @@ from itertools import combinations
 import pytest
 
 from krontune.rl import RlError, get_task
+from krontune.rl.tasks import TASKS
 from krontune.rl.tasks.worked import KINDS, worked_examples
 
 
@@ -89,8 +90,8 @@ def test_puzzles_repeat_by_seed_and_never_cross_splits(kind):
 
 
 def test_kinds_ask_different_questions():
-    questions = {worked_examples(kind, 1)[0]["prompt"].split("\n")[0] for kind in KINDS}
-    assert len(questions) == len(KINDS) == 4
+    questions = {worked_examples(kind, 1)[0]["prompt"].split("\n")[0] for kind in (*KINDS, *TASKS)}
+    assert len(questions) == len(KINDS) + len(TASKS) == 8
 
 
 def test_what_cannot_be_made_is_refused():

@@ -1,0 +1,162 @@
+"""The checks before training, on the task, the data and the reward of a recipe's rl stage."""
+
+from collections.abc import Iterator, Sequence
+from statistics import fmean
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from ..data_selection.texts import row_text
+from ..rl import CertificateTask, Guarded, checks
+from ..rl.checks import CheckResult
+from ..rl.checks.result import not_run
+from ..rl.checks.rows import held_out_overlap, pay_rows, rows_heuristics, rows_soundness, rows_verifier
+from .faults import Fault, RecipeError
+from .reward_trial import ROWS, right_forms
+from .rewards import make_reward
+from .rl import make_task, training_rows
+from .rows import Row, read_sources
+from .schema import Recipe, Rl
+
+REPORT = "rlvr_report.json"
+FILE_WIDTH = 120
+
+
+def audit(recipe: Recipe) -> list[CheckResult]:
+    """Soundness, verifier, heuristics, shortcut ceiling and contamination, each with its own verdict.
+
+    Over a task they are those of `krontune.rl.checks`; over data of one's own, where no task knows the near misses,
+    they are made from the rows, see `krontune.rl.checks.rows`. Nothing is trained and no model is loaded.
+
+    Raises:
+        RecipeError: there is no rl stage, or its task, data or reward cannot be built.
+    """
+    stage = recipe.stage("rl")
+    if stage is None:
+        raise RecipeError([Fault(recipe.where(("stages",)), "there is no rl stage, so there is no reward to audit")])
+    number = recipe.stages.index(stage)
+    try:
+        task = None if stage.task is None else make_task(stage.task)
+        rows = [] if task is not None else [dict(row) for row in training_rows(stage, recipe.seed)]
+        reward = make_reward(stage, task, recipe.seed)
+        held_out = _held_out(recipe)
+        trained = list(_training_texts(recipe, stage, task, rows))
+    except (ValueError, OSError) as error:
+        where = recipe.where(("stages", number, "stage"))
+        raise RecipeError([Fault(where, " ".join(str(error).split()))]) from error
+    try:
+        if task is not None and stage.task is not None:
+            n = stage.task.n
+            found = [
+                checks.soundness(task, n),
+                checks.verifier(reward, task, n),
+                checks.heuristics(task, reward, n),
+                checks.shortcut_ceiling(task, n),
+            ]
+        else:
+            found = _of_rows(stage, reward, rows)
+    finally:
+        if isinstance(reward, Guarded):
+            reward.close()
+    return [*found, held_out_overlap(held_out, trained)]
+
+
+def _of_rows(stage: Rl, reward: Any, rows: list[Row]) -> list[CheckResult]:
+    right = _right(stage, reward, rows)
+    if not right:
+        why = "no right completion is known: give the rows a column 'completion', or answers in 'answer'"
+        return [not_run(name, why, len(rows)) for name in ("soundness", "verifier", "heuristics")]
+    return [
+        rows_soundness(rows, right),
+        rows_verifier(reward, rows, right),
+        rows_heuristics(reward, rows, right),
+        not_run("shortcut_ceiling", "rows of data have no features that were told from the answer", len(rows)),
+    ]
+
+
+def _right(stage: Rl, reward: Any, rows: list[Row]) -> list[str]:
+    """A right completion for each row, in the form that the reward pays best."""
+    forms = right_forms(stage, rows, None)
+    if len(forms) < 2:
+        return forms[0] if forms else []
+    pays = [fmean(float(pay or 0) for pay in pay_rows(reward, rows[:ROWS], form[:ROWS])) for form in forms]
+    return forms[pays.index(max(pays))]
+
+
+def _held_out(recipe: Recipe) -> list[str]:
+    """The prompts of the verify stage."""
+    verify = recipe.stage("verify")
+    if verify is None:
+        return []
+    settings = verify.task or recipe.stage("rl").task
+    asked = make_task(settings)
+    instances = asked.instances(verify.instances, settings.n, verify.seed, "test", settings.discriminating)
+    return [asked.prompt(one) for one in instances]
+
+
+def _training_texts(recipe: Recipe, stage: Rl, task: CertificateTask | None, rows: list[Row]) -> Iterator[str]:
+    """Whatever the recipe trains on."""
+    sft, select = recipe.stage("sft"), recipe.stage("select")
+    sources = select.raw if select is not None else sft.data if sft is not None else ()
+    yield from (row_text(row, "data") for row in read_sources(sources, "data"))
+    if task is not None:
+        settings = stage.task
+        assert settings is not None
+        drawn = task.instances(stage.instances, settings.n, recipe.seed, "train", settings.discriminating)
+        yield from (task.prompt(one) for one in drawn)
+    else:
+        yield from (row_text({"text": str(row["prompt"])}, "data") for row in rows)
+
+
+def print_audit(results: Sequence[CheckResult]) -> None:
+    """A table, and below it a line of evidence for each check that did not pass."""
+    console = Console(markup=False, emoji=False)
+    if not console.is_terminal:
+        console.width = max(console.width, FILE_WIDTH)
+    table = Table(title="checks before training, each for itself", title_justify="left")
+    for column in ("check", "value", "95 % interval", "N", "threshold", "verdict"):
+        table.add_column(column, justify="left" if column == "check" else "right")
+    for one in results:
+        interval = "" if one.ci is None else f"[{one.ci[0]:.3f}, {one.ci[1]:.3f}]"
+        value, threshold = ("" if x is None else f"{x:.3f}" for x in (one.value, one.threshold))
+        table.add_row(one.name.replace("_", " "), value, interval, str(one.n), threshold, one.verdict)
+    console.print(table)
+    for one in results:
+        if one.verdict != "pass":
+            console.print(f"{one.name.replace('_', ' ')}: {_why(one)}", soft_wrap=True, highlight=False)
+
+
+def _why(result: CheckResult) -> str:
+    """What of the evidence speaks against it."""
+    details = result.details
+    if "reason" in details:
+        return str(details["reason"])
+    if result.name == "soundness":
+        faults = {name: found["count"] for name, found in details.get("faults", {}).items()}
+        return str(faults or {"prompts with several answers": details["contradictions"]})
+    if result.name == "verifier":
+        return "; ".join(_verifier_faults(details)) or f"slow: {details['latency']['p99_ms']:.0f} ms for a text"
+    if result.name == "heuristics":
+        return f"{details['best']!r} earns {result.value:.2f} without solving anything"
+    if result.name == "shortcut_ceiling":
+        return f"features of the input alone give the right answer in {result.value:.2f} of the instances"
+    return f"{result.value:.3f} of the held-out prompts stand in what is trained on, e.g. {details['examples'][:1]}"
+
+
+def _verifier_faults(details: dict[str, Any]) -> Iterator[str]:
+    kinds = details["kinds"].items()
+    paid = {kind: f"{one['paid']} of {one['texts']}" for kind, one in kinds if one["must_pay"] is False and one["paid"]}
+    missed = [kind for kind, one in kinds if one["must_pay"] and one["paid"] < one["texts"]]
+    if paid:
+        yield "pays what is wrong: " + ", ".join(f"{kind} ({count})" for kind, count in paid.items())
+    if missed:
+        yield f"does not pay all of: {', '.join(missed)}"
+    if details["failures"]:
+        yield "fails: " + ", ".join(f"{what} {count} times" for what, count in details["failures"].items())
+    if details["unstable"]:
+        yield f"pays {details['unstable']} texts differently from call to call"
+
+
+def must_stop(results: Sequence[CheckResult]) -> bool:
+    return any(one.verdict == "fail" for one in results)

@@ -1,0 +1,70 @@
+"""The rows of an rl stage over data of the user's own: a prompt each, and what the reward reads."""
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from ..data_selection import DataSelectionError
+from ..data_selection.texts import read_rows
+from .rows import Row, check_messages
+from .schema import HubRows, RowSource
+
+# What TRL hands to a reward function under these names is its own.
+TAKEN = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric", "environments")
+
+
+def read_prompts(sources: Iterable[RowSource], instruction: str | None = None) -> list[Row]:
+    """All rows of the sources, in order, each with a `prompt` (a string, or a list of messages) and other columns.
+
+    `instruction` is put after each prompt, on a line of its own; of messages, after the last one.
+
+    Raises:
+        DataSelectionError: a file or data set cannot be read, a row has no prompt, or a column has a name that TRL
+            uses itself; the place is named.
+        ConnectionError: a data set of the Hub is neither here nor within reach.
+    """
+    rows = []
+    for source in sources:
+        for row, where in _rows(source):
+            _check(row, where)
+            rows.append(row if instruction is None else {**row, "prompt": _instructed(row["prompt"], instruction)})
+    return rows
+
+
+def _rows(source: RowSource) -> Iterator[tuple[Row, str]]:
+    if isinstance(source, HubRows):
+        for number, row in enumerate(load_hub_rows(source)):
+            yield dict(row), f"{source.hub}, {source.split}[{number}]"
+    else:
+        yield from read_rows(source, "data")
+
+
+def load_hub_rows(source: HubRows) -> Any:
+    """The data set, from the cache of `datasets` where it is there."""
+    from datasets import load_dataset
+
+    try:
+        return load_dataset(source.hub, source.config, split=source.split, revision=source.revision)
+    except ConnectionError:
+        raise
+    except Exception as error:  # an unknown id, config or split, and whatever else the library finds
+        reason = " ".join(str(error).split())
+        raise DataSelectionError(f"data: the data set {source.hub!r} cannot be loaded: {reason[:300]}") from error
+
+
+def _check(row: Row, where: str) -> None:
+    prompt = row.get("prompt")
+    if isinstance(prompt, list):
+        check_messages(prompt, where, "prompt")
+    elif not (isinstance(prompt, str) and prompt.strip()):
+        raise DataSelectionError(
+            f"{where}: a row needs a 'prompt', a text or a list of messages, got the columns {sorted(row)}"
+        )
+    taken = [name for name in TAKEN if name in row]
+    if taken:
+        raise DataSelectionError(f"{where}: TRL gives the column {taken[0]!r} to rewards itself; rename it")
+
+
+def _instructed(prompt: Any, instruction: str) -> Any:
+    if isinstance(prompt, str):
+        return f"{prompt}\n{instruction}"
+    return [*prompt[:-1], {**prompt[-1], "content": f"{prompt[-1]['content']}\n{instruction}"}]

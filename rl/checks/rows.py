@@ -1,0 +1,145 @@
+"""Checks before training for rewards over rows of data, where no task knows the right answers and the near misses."""
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from ..errors import RlError
+from ..guard import Guarded
+from ..statistics import clustered_mean, wilson_interval
+from .before import ALL_BUT_ALL
+from .near_misses import HOSTILE, Case, audit
+from .result import CheckResult, judge, not_run
+
+Row = Mapping[str, Any]
+Reward = Callable[..., Sequence[Any]]
+FEW = 4  # prompts, among which "half of them" says nothing
+LAZY = 5  # most frequent answers that are tried on every row
+
+
+def rows_soundness(rows: Sequence[Row], right: Sequence[str]) -> CheckResult:
+    """Do rows with the same prompt agree on the answer?
+
+    right: a right completion for each row. value: the share of rows whose prompt has another answer elsewhere,
+    with a Wilson interval; threshold 0, any such row fails. details: those prompts, and how many rows repeat one.
+    """
+    _same_length(rows, right)
+    answers: dict[str, set[str]] = {}
+    for row, text in zip(rows, right, strict=True):
+        answers.setdefault(str(row["prompt"]), set()).add(text)
+    torn = [prompt for prompt, found in answers.items() if len(found) > 1]
+    bad = sum(str(row["prompt"]) in set(torn) for row in rows)
+    details = {"contradictions": [prompt[:200] for prompt in torn[:5]], "repeated": len(rows) - len(answers)}
+    verdict = "fail" if torn else "pass"
+    ci = wilson_interval(bad, len(rows))
+    return CheckResult("soundness", bad / len(rows), ci, len(rows), 0.0, verdict, details)
+
+
+def rows_verifier(
+    reward: Reward,
+    rows: Sequence[Row],
+    right: Sequence[str],
+    size: int = 40,
+    item_timeout_s: float = 2.0,
+    guard: bool = True,
+) -> CheckResult:
+    """`verifier` for a reward over rows: what it pays of texts whose worth is known from the rows.
+
+    right: a right completion for each row; the first `size` rows are used. Must be paid: those. Must not be: the
+    right completion of another row, both together, half of one, the prompt, and the hostile strings of `HOSTILE`.
+    A right completion inside <think> that is taken back is reported and not judged. Verdict and details as in
+    `verifier`, but for one thing: a text on which a guarded reward crashes or hangs is not paid and harms nothing, so
+    for a reward that is a `Guarded` such failures "warn".
+    """
+    _same_length(rows, right)
+    some = list(zip(rows[:size], right[:size], strict=True))
+    cases: list[Case] = []
+    for place, (row, text) in enumerate(some):
+        other = next((one for _, one in some[place + 1 :] + some[:place] if one != text), None)
+        cases += [
+            ("gold", row, text, True),
+            ("half of it", row, text[: len(text) // 2], False),
+            ("prompt repeated", row, _text(row["prompt"]), False),
+            ("taken back", row, f"<think>{text}</think> I give up.", None),
+        ]
+        if other is not None:
+            cases += [
+                ("another row's answer", row, other, False),
+                ("two answers, gold first", row, f"{text}\n{other}", False),
+                ("two answers, gold last", row, f"{other}\n{text}", False),
+            ]
+    cases += [(f"hostile/{name}", rows[0], text, False) for name, text in HOSTILE.items()]
+    found = audit(reward, cases, _pay_cases, item_timeout_s, guard)
+    faulty = found.details["unstable"] or found.details["false_negative"]["value"] or found.value
+    if isinstance(reward, Guarded) and found.details["failures"] and not faulty:
+        return CheckResult(found.name, found.value, found.ci, found.n, found.threshold, "warn", found.details)
+    return found
+
+
+def rows_heuristics(
+    reward: Reward, rows: Sequence[Row], right: Sequence[str], size: int = 256, threshold: float = 0.5
+) -> CheckResult:
+    """What the laziest policy earns: one that answers every prompt alike.
+
+    Each of the five most frequent answers is given to the first `size` rows. value: the mean reward of the best, with
+    an interval over rows. Verdict as in `heuristics`: "warn" above `threshold`, "fail" surely above 0.9.
+    """
+    _same_length(rows, right)
+    some = list(rows[:size])
+    table = {}
+    for text, _ in Counter(right).most_common(LAZY):
+        paid = [0.0 if pay is None else float(pay) for pay in pay_rows(reward, some, [text] * len(some))]
+        value, low, high, _ = clustered_mean(paid, range(len(some)))
+        table[text] = {"reward": value, "ci": (low, high)}
+    best = max(table, key=lambda text: table[text]["reward"])
+    ci = table[best]["ci"]
+    verdict = "fail" if ci[0] > ALL_BUT_ALL else judge(ci, threshold, high_is_good=False).replace("fail", "warn")
+    details = {"best": best[:200], "policies": {text[:200]: found for text, found in table.items()}}
+    return CheckResult("heuristics", table[best]["reward"], ci, len(some), threshold, verdict, details)
+
+
+def held_out_overlap(held_out: Sequence[str], trained: Sequence[str]) -> CheckResult:
+    """The share of held-out prompts whose own lines stand, whole and in order, in a text that is trained on.
+
+    A prompt's own lines are those that fewer than half of the held-out prompts have: its table, not the wording of the
+    question. (Runs of words, as `contamination` compares them, are too short for that: most runs of a small table
+    hold little but wording.) value: that share with a Wilson interval, threshold 0; any such prompt fails. details:
+    examples.
+    Not run without held-out prompts or without texts.
+    """
+    if not held_out or not trained:
+        missing = "nothing is held out: the recipe has no verify stage" if not held_out else "nothing is trained on"
+        return not_run("contamination", missing, len(held_out))
+    lines = Counter(line for prompt in held_out for line in set(prompt.splitlines()))
+    common = {line for line, count in lines.items() if len(held_out) >= FEW and count >= len(held_out) / 2}
+    own = ["\n".join(line for line in prompt.splitlines() if line not in common) for prompt in held_out]
+    pool = "\n\n".join(trained)
+    met = [prompt for prompt, part in zip(held_out, own, strict=True) if part and f"\n{part}\n" in f"\n{pool}\n"]
+    ci = wilson_interval(len(met), len(held_out))
+    details = {"examples": [prompt[:300] for prompt in met[:3]], "texts": len(trained)}
+    verdict = "fail" if met else "pass"
+    return CheckResult("contamination", len(met) / len(held_out), ci, len(held_out), 0.0, verdict, details)
+
+
+def pay_rows(reward: Reward, rows: Sequence[Row], texts: Sequence[str]) -> list[Any]:
+    """The rewards of one text a row, called as TRL calls on these rows."""
+    chat = isinstance(rows[0]["prompt"], list)
+    said = [[{"role": "assistant", "content": text}] if chat else text for text in texts]
+    columns = {name: [row[name] for row in rows] for name in rows[0] if name != "prompt"}
+    found = list(reward(prompts=[row["prompt"] for row in rows], completions=said, **columns))
+    if len(found) != len(texts):
+        raise RlError(f"the reward gave {len(found)} values for {len(texts)} completions")
+    return found
+
+
+def _pay_cases(reward: Reward, cases: Sequence[Case]) -> list[Any]:
+    return pay_rows(reward, [case[1] for case in cases], [case[2] for case in cases])
+
+
+def _text(prompt: Any) -> str:
+    return prompt if isinstance(prompt, str) else "\n".join(str(message.get("content")) for message in prompt)
+
+
+def _same_length(rows: Sequence[Row], right: Sequence[str]) -> None:
+    if not rows or len(rows) != len(right):
+        raise RlError(f"one right completion a row is needed, got {len(right)} for {len(rows)} rows")

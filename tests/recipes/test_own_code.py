@@ -1,0 +1,228 @@
+"""Own rewards and tasks by dotted path, data of one's own, guard and controls."""
+
+import json
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+from krontune.recipes import chain
+from krontune.recipes.audit import audit, must_stop
+from krontune.recipes.faults import RecipeError
+from krontune.recipes.loader import load
+from krontune.recipes.preflight import check
+from krontune.recipes.rewards import guard_of, make_reward, monitored
+from krontune.recipes.rl import make_credit, make_task
+from krontune.recipes.run_folder import recipe_text
+from krontune.rl import Guarded, TokenCredit
+
+PAGE = Path(__file__).parents[2] / "docs" / "tasks.md"
+WORDS = ["cat", "dog", "owl", "ant", "bee"]
+FAULTY = """
+def equal(completions, **columns):
+    return [1.0] * len(completions)
+
+def raises(completions, **columns):
+    return [1 / len(text) for text in completions]
+
+def hangs(completions, **columns):
+    while not completions[0]:
+        pass
+    return [float(len(text)) for text in completions]
+
+def length(completions, **columns):
+    return [len(text) / 100 for text in completions]
+"""
+
+
+@pytest.fixture
+def shout(tmp_path, monkeypatch):
+    """The example of docs/tasks.md, written out of the page."""
+    monkeypatch.chdir(tmp_path)
+    text = PAGE.read_text(encoding="utf-8")
+    for name in ("shout.py", "shout.yaml"):
+        found = re.search(rf"```[a-z]+\n# {re.escape(name)}\n(.*?)```", text, re.DOTALL)
+        assert found
+        Path(name).write_text(found[1])
+    rows = [{"prompt": f"Shout {word}.", "answer": word, "completion": f"{word.upper()}?"} for word in WORDS]
+    Path("words.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    Path("faulty.py").write_text(FAULTY)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    yield Path("shout.yaml")
+    for module in ("shout", "faulty"):
+        sys.modules.pop(module, None)
+
+
+def test_the_example_of_the_page_has_no_faults_and_runs_guarded(shout):
+    recipe = load(shout)
+    assert check(recipe) == []
+    reward = make_reward(recipe.stage("rl"), None, 0)
+    try:
+        assert isinstance(reward, Guarded)
+        assert reward(completions=["CAT?", "CAT!", "dog?"], answer=["cat", "cat", "dog"]) == [1.0, 0.0, 0.0]
+    finally:
+        assert isinstance(reward, Guarded)
+        reward.close()
+    assert not isinstance(make_reward(load(shout, ["stages.rl.guard=null"]).stage("rl"), None, 0), Guarded)
+
+
+def test_the_example_passes_the_audit_and_a_reward_that_pays_anything_fails_it(shout):
+    found = {one.name: one.verdict for one in audit(load(shout, ["stages.rl.guard=null"]))}
+    assert found["soundness"] == found["verifier"] == "pass" and found["contamination"] == "not run"
+    paid = audit(
+        load(
+            shout,
+            [
+                "allow=[faulty:equal]",
+                "stages.rl={stage: rl, data: words.jsonl, reward: faulty:equal}",
+                "stages.rl.adapter={r: 2}",
+            ],
+        )
+    )
+    assert must_stop(paid) and {one.name: one.verdict for one in paid}["verifier"] == "fail"
+
+
+def test_code_that_the_recipe_does_not_allow_is_refused_with_what_to_add_and_not_imported(shout):
+    with pytest.raises(RecipeError, match=r"add at the top level: allow: \['shout:Shout'\]"):
+        load(shout, ["allow=[]"])
+    assert "shout" not in sys.modules
+
+
+@pytest.mark.parametrize(
+    ("name", "fault"),
+    [
+        ("equal", "the reward pays a wrong completion 1 and a right one 1"),
+        ("raises", "the reward fails on an empty completion (exception): ZeroDivisionError"),
+        ("hangs", "the reward fails on an empty completion (timeout)"),
+        ("gone", "has no 'gone'"),
+    ],
+)
+def test_a_faulty_reward_is_found_by_the_check(shout, name, fault):
+    rl = f"{{stage: rl, data: words.jsonl, reward: faulty:{name}, guard: {{item_timeout_s: 0.3}}, adapter: {{r: 2}}}}"
+    found = [str(one) for one in check(load(shout, [f"allow=[faulty:{name}]", f"stages.rl={rl}"]))]
+    assert any(fault in one for one in found), found
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["stages.rl.task={name: lis, n: [3, 5]}"], "task and data exclude each other"),
+        (["stages.rl.data=null"], "the rl stage needs a task or data"),
+        (["stages.rl.reward=certificate"], "reward 'certificate' needs a task"),
+        (["stages.rl.controls=[format]"], "the control 'format' knows a task's form"),
+        (["stages.rl.hints=0.5"], "'hints' is of a task"),
+    ],
+)
+def test_keys_that_do_not_go_together_are_refused(shout, overrides, message):
+    with pytest.raises(RecipeError, match=message):
+        load(shout, overrides)
+
+
+def test_math_over_data_is_guarded_and_tried(shout):
+    pytest.importorskip("math_verify")
+    Path("sums.jsonl").write_text(
+        "".join(json.dumps({"prompt": f"1+{n}", "solution": str(n + 1)}) + "\n" for n in range(4))
+    )
+    base = ["stages.rl={stage: rl, data: sums.jsonl, reward: math, adapter: {r: 2}}"]
+    [fault] = [str(one) for one in check(load(shout, base))]
+    assert "needs the data set's column 'answer'" in fault
+    assert check(load(shout, [*base, "stages.rl.reward_options={column: solution}"])) == []
+
+
+def test_own_tasks_are_marked_inside_the_guard_and_shipped_ones_outside(small, tmp_path):
+    own = ["allow=['krontune.rl.tasks.lis:Lis']", "stages.rl.task.name=krontune.rl.tasks.lis:Lis"]
+    for overrides, inside in ((own, True), (["stages.rl.guard={workers: 1}"], False)):
+        stage = load(small, overrides).stage("rl")
+        task = make_task(stage.task)
+        reward = monitored(make_reward(stage, task, 0), task, inside)
+        assert isinstance(reward, Guarded) == inside and guard_of(reward) is not None
+
+
+def test_controls_run_the_stage_again_and_are_verified(small, tmp_path, monkeypatch):
+    started = []
+
+    def note(name, folder, adapter):
+        started.append(name)
+        place = folder.begin(name)
+        if adapter:
+            (place / "adapter").mkdir()
+        folder.finish(name)
+
+    monkeypatch.setattr(chain, "check", lambda recipe: [])
+    monkeypatch.setattr(chain, "run_select", lambda r, s, f: note("select", f, False))
+    monkeypatch.setattr(chain, "run_sft", lambda r, s, f, c: note("sft", f, True))
+    monkeypatch.setattr(chain, "run_rl", lambda r, s, f, c: note(f"rl-{c}" if c else "rl", f, True))
+    seen = []
+    monkeypatch.setattr(
+        chain, "run_verify", lambda r, s, f, adapters: (seen.extend(adapters), note("verify", f, False))
+    )
+    chain.run(load(small, ["stages.rl.controls=[random, format]"]), tmp_path / "run")
+    assert started == ["select", "sft", "rl", "rl-random", "rl-format", "verify"]
+    assert seen == ["sft", "rl", "rl-random", "rl-format"]
+
+
+def test_a_credit_preset_is_changed_by_the_other_keys_and_survives_writing_out(small, tmp_path):
+    recipe = load(small, ["stages.rl.credit={preset: v1, top_q: 0.3}", "stages.rl.guard={workers: 1}"])
+    assert make_credit(recipe.stage("rl")) == TokenCredit.preset("v1", top_q=0.3)
+    again = tmp_path / "again.yaml"
+    again.write_text(recipe_text(recipe))
+    assert recipe_text(load(again)) == recipe_text(recipe)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["stages.rl.credit={}", "stages.rl.trainer.max_completion_length=16"], "it would do nothing"),
+        (["stages.rl.credit={}", "stages.rl.trainer.loss_type=luspo"], "erases token credit"),
+        (["stages.rl.risk={}", "stages.rl.trainer.scale_rewards=group"], "takes the place of scale_rewards"),
+        (
+            [
+                "stages.rl.risk={bundle: 3}",
+                "stages.rl.trainer.per_device_train_batch_size=8",
+                "stages.rl.trainer.num_generations=4",
+            ],
+            "cannot be cut into bundles of 3",
+        ),
+    ],
+)
+def test_credit_and_risk_that_cannot_work_are_faults(small, overrides, message):
+    assert any(message in str(one) for one in check(load(small, overrides)))
+
+
+def test_a_run_over_data_trains_guarded_reports_the_guards_health_and_leaves_no_worker(shout, tokenizer, monkeypatch):
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from krontune.recipes import rl
+    from krontune.recipes.run_folder import RunFolder
+
+    torch.manual_seed(0)
+    size = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), num_key_value_heads=2, **size)).save_pretrained("model")
+    tokenizer.save_pretrained("model")
+    trainer = (
+        "{max_steps: 1, per_device_train_batch_size: 2, num_generations: 2, max_completion_length: 6, logging_steps: 1}"
+    )
+    stage = f"{{stage: rl, data: words.jsonl, reward: faulty:length, controls: [random], trainer: {trainer}}}"
+    overrides = ["base={model: ./model, quantization: null}", "allow=[faulty:length]", f"stages.rl={stage}"]
+    recipe = load(shout, [*overrides, "stages.rl.adapter={r: 2, n_shapes: 2, target_modules: [q_proj]}"])
+    keepers = []
+    start = Guarded.__call__
+
+    def watched(self, *args, **kwargs):
+        paid = start(self, *args, **kwargs)
+        keepers.extend(worker.process for worker in self._pool)
+        return paid
+
+    monkeypatch.setattr(Guarded, "__call__", watched)
+    with RunFolder("run", recipe) as folder:
+        rl.run_rl(recipe, recipe.stage("rl"), folder)
+        rl.run_rl(recipe, recipe.stage("rl"), folder, "random")
+    assert keepers and all(process.poll() is not None for process in keepers)
+    report = json.loads(Path("run/rl/rlvr_report.json").read_text())
+    health = next(one for one in report["checks"] if one["name"] == "verifier_health")
+    assert health["details"]["counts"] == {"scored": 2} and health["value"] == 0
+    assert Path("run/rl/adapter/adapter_config.json").is_file()
+    assert Path("run/rl-random/adapter/adapter_config.json").is_file()
+    assert set(folder.record["stages"]) == {"rl", "rl-random"}
