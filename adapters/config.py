@@ -92,6 +92,12 @@ class MokaConfig(PeftConfig):
         """As saved: the embedded base goes by its Hub id, as a folder of a cache means nothing elsewhere."""
         return {**super().to_dict(), "base_model_name_or_path": to_hub_id(self.base_model_name_or_path)}
 
+    def alpha_of(self, r: int) -> float:
+        """The scale of a layer of r products where neither `alpha` nor `alpha_pattern` names one."""
+        if self.alpha is not None:
+            return float(self.alpha)
+        return 2.0 * r if self.shapes == "ladder" and self.identity is None else float(r)
+
     def _check(self) -> None:
         for name, value in {"r": self.r, **{f"rank_pattern[{k!r}]": v for k, v in self.rank_pattern.items()}}.items():
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
@@ -116,7 +122,7 @@ class MokaConfig(PeftConfig):
             raise AdapterError(
                 "init_weights='nearest' sets the factors A, and identity leaves one factor only; use one of the two"
             )
-        if self.shapes != "balanced":
+        if self.shapes not in ("balanced", "ladder"):
             self._check_shapes(self.shapes)
         if self.layers_pattern and self.layers_to_transform is None:
             raise AdapterError("layers_pattern is used with layers_to_transform, which is not set")
@@ -131,7 +137,7 @@ class MokaConfig(PeftConfig):
         pairs = list(shapes) if isinstance(shapes, (list, tuple)) else []
         fit = [isinstance(pair, (list, tuple)) and len(pair) == 2 for pair in pairs]
         if not pairs or not all(fit) or not all(isinstance(n, int) and n > 0 for pair in pairs for n in pair):
-            raise AdapterError(f"shapes must be 'balanced' or a list of (a_out, a_in) pairs, got {shapes!r}")
+            raise AdapterError(f"shapes must be 'ladder', 'balanced' or a list of (a_out, a_in) pairs, got {shapes!r}")
         if len(pairs) > self.r:
             raise AdapterError(
                 f"shapes lists {len(pairs)} shapes, and r={self.r} products cannot fill them; raise r or list fewer"
