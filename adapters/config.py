@@ -22,19 +22,22 @@ class MokaConfig(PeftConfig):
 
         delta W = alpha * sum_i softmax(g)_i  A_i (x) B_i,        i = 1..r
 
-    with A_i Kaiming-uniform, B_i zero and g zero at the start, so that training begins at the base model and every
-    product at weight alpha / r. The gates g are one static vector a layer: a trained adapter merges.
+    with A_i uniform, B_i zero and g zero at the start, so that training begins at the base model and every product at
+    weight alpha / r. The gates g are one static vector a layer: a trained adapter merges.
 
-    The paper does not state initialisation, alpha or dropout; those here are this library's choice. Parameters are kept
+    The paper does not state shapes, initialisation, alpha or dropout; those here are this library's choice. The plain
+    reading of it, five balanced shapes at weight 1, is `shapes="balanced"`. Parameters are kept
     in float32 even where a trainer casts them to bfloat16, in which small steps are lost; they compute in the dtype of
     the activations. `get_peft_model(..., autocast_adapter_dtype=False)` gives them the dtype of the base instead.
 
     Args:
         r: how many Kronecker products a layer. They differ in rank as their shapes do; r does not bound it.
         n_shapes: over how many shapes the products are spread, as evenly as r allows (paper: 5 shapes, r = 10).
-        shapes: "balanced" (see `kronecker.balanced_shapes`), or a list of (a_out, a_in) used for every adapted layer;
-            a_out must divide the layer's out_features and a_in its in_features.
-        alpha: scale of the update; None stands for the layer's r, so that every product begins at weight 1.
+        shapes: "ladder", which begins at LoRA's rank one and rises (see `ladder.py`), "balanced" (see
+            `kronecker.balanced_shapes`), or a list of (a_out, a_in) used for every adapted layer; a_out must divide
+            the layer's out_features and a_in its in_features.
+        alpha: scale of the update; None stands for twice the layer's r on a ladder, as LoRA's usual lora_alpha = 2 r,
+            and else for r, so that every product begins at weight 1.
         gate: "softmax", or "none" for the fixed weight 1 / r (the ablation).
         identity: None, or the factor that is fixed to the identity: "A" or "B" (MoKA_s, see `identity.py`). The trained
             factor starts at zero, and equal shapes add up to one product, so take n_shapes = r.
@@ -49,7 +52,8 @@ class MokaConfig(PeftConfig):
         modules_to_save: modules trained in full and saved with the adapter.
         bias: "none"; "moka_only" trains the biases of the adapted layers, "all" every bias of the model, and saves them
             with the adapter. Then only one adapter is allowed, and disabling it does not give the base's output again.
-        init_weights: True as above. False draws B as A, so that the adapter is not the identity (for tests). "nearest"
+        init_weights: True as above: A within 1 / sqrt(in_features) on a ladder, as LoRA's, and else Kaiming-uniform
+            (1 / sqrt(a_in)). False draws B as A, so that the adapter is not the identity (for tests). "nearest"
             points the A_i where the weight's own nearest Kronecker sum has them (Van Loan and Pitsianis, 1993), B zero:
             the update starts at zero and the base weight stays as it is, quantised or not.
         resolved_shapes: written by the tuner: the shapes in use for each (outputs, inputs, n_shapes), e.g.
@@ -62,7 +66,7 @@ class MokaConfig(PeftConfig):
 
     r: int = 10
     n_shapes: int = 5
-    shapes: str | list[Shape] = "balanced"
+    shapes: str | list[Shape] = "ladder"
     alpha: float | None = None
     gate: Literal["softmax", "none"] = "softmax"
     identity: Literal["A", "B"] | None = None

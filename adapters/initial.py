@@ -12,7 +12,7 @@ _EXACT = 256  # rows or columns up to which the whole SVD is as fast as a part o
 
 
 def kaiming_uniform(stack: torch.Tensor, fan_in: int | None = None) -> None:
-    """`nn.init.kaiming_uniform_(a=sqrt(5))` for every (m, n) matrix of the stack: uniform in +-1 / sqrt(fan_in or n)."""
+    """Every (m, n) matrix of the stack uniform in +-1 / sqrt(fan_in), n by default: `kaiming_uniform_(a=sqrt(5))`."""
     bound = 1.0 / math.sqrt(fan_in or stack.shape[-1])
     nn.init.uniform_(stack, -bound, bound)
 

@@ -67,8 +67,9 @@ def moka(r: int, **options: Any) -> Arm:
 ARMS: dict[str, Arm] = {
     **{f"LoRA r={r}": lora(r) for r in (1, 4, 10, 32)},
     **{f"MoKA r={r}": moka(r) for r in (1, 4, 10, 20)},
+    "balanced shapes r=10": moka(10, shapes="balanced"),
+    "gate none r=10": moka(10, gate="none"),
     "MoKA_s r=5": moka(5, identity="A"),
-    "MoKA r=10, gate none": moka(10, gate="none"),
     "LoKr": Arm(LoKrConfig, {"r": 64, "alpha": 64, "decompose_factor": -1}),
 }
 

@@ -1,8 +1,10 @@
 import math
+from typing import Any
 
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import Linear as LoraLinear
 
 from krontune.adapters import MokaConfig, MokaLinear
 from krontune.adapters.ladder import ladder_shapes
@@ -36,9 +38,9 @@ def test_sizes_below_one_are_refused():
 def test_the_first_rung_is_lora(tiny_llama, tokens):
     """Products of one row and one column, without a gate, are a LoRA of lora_alpha = 2 r: equal outputs and starts."""
     options = {"target_modules": ["q_proj", "v_proj"], "r": 3}
-    lora = get_peft_model(tiny_llama(), LoraConfig(lora_alpha=6, **options))
+    lora: Any = get_peft_model(tiny_llama(), LoraConfig(lora_alpha=6, **options))
     moka = get_peft_model(tiny_llama(), MokaConfig(shapes="ladder", n_shapes=1, gate="none", **options))
-    theirs = [m for m in lora.modules() if hasattr(m, "lora_A") and "default" in m.lora_A]
+    theirs: list[Any] = [m for m in lora.modules() if isinstance(m, LoraLinear)]
     ours = [m for m in moka.modules() if isinstance(m, MokaLinear)]
     assert len(ours) == len(theirs) == 4
     for a, b in zip(ours, theirs, strict=True):
@@ -71,7 +73,7 @@ def test_every_a_of_a_ladder_starts_with_numbers_of_a_loras_size(start):
 
 
 def test_a_ladder_trains_merges_and_reads_back(tiny_llama, tokens, shake, tmp_path):
-    model = shake(get_peft_model(tiny_llama(), MokaConfig(shapes="ladder", target_modules="all-linear")))
+    model: Any = shake(get_peft_model(tiny_llama(), MokaConfig(shapes="ladder", target_modules="all-linear")))
     expected = model(tokens).logits
     model.save_pretrained(str(tmp_path))
     again = PeftModel.from_pretrained(tiny_llama(), str(tmp_path))
