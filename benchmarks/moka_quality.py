@@ -8,7 +8,7 @@ faster on a CPU. Two tasks: `prose`, Newton's Opticks from the shipped text, by 
 longest-increasing-subsequence puzzles, by held-out loss of the answers and greedy certificate accuracy. The puzzle's
 table alone is the prompt, which the instructions would make three times as long.
 
-An arm is trained at learning rates a factor of about three apart until four are done and the best by held-out loss has
+An arm is trained at learning rates a factor of about two apart until four are done and the best by held-out loss has
 a worse one on either side, all on seed 0, and then on further seeds at its best rate. A seed fixes the adapter's start
 and the order of the training rows, which is the same for all arms. Each finished run is one line of the file.
 """
@@ -38,7 +38,7 @@ from transformers import set_seed
 from krontune.adapters import MokaConfig, load_base
 from krontune.rl import get_task
 
-RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
+RATES = (2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 1e-1)
 MAX_NEW = 40
 HELD_OUT = 96  # puzzles
 PROSE_ROWS = 32  # of held-out prose
@@ -213,21 +213,17 @@ def train(base: Any, task: Any, arm: Arm, rate: float, seed: int, steps: int) ->
     }
 
 
-def next_rate(done: dict[float, float], first: float, most: int = 6) -> float | None:
+def next_rate(done: dict[float, float], first: float) -> float | None:
     """The next learning rate to try given the losses so far; None once the best of at least four lies inside."""
-    place = RATES.index(first)
-    for start in (place, place - 1, place + 1):
-        if 0 <= start < len(RATES) and RATES[start] not in done:
-            return RATES[start]
-    best = RATES.index(min(done, key=lambda rate: done[rate]))
-    tried = sorted(RATES.index(rate) for rate in done)
-    for outer in (best - 1, best + 1):
-        if 0 <= outer < len(RATES) and RATES[outer] not in done:
-            return RATES[outer]
-    if len(done) >= 4 or len(done) >= most:
-        return None
-    ends = [place for place in (tried[0] - 1, tried[-1] + 1) if 0 <= place < len(RATES)]
-    return RATES[min(ends, key=lambda end: abs(end - best))] if ends else None
+    tried = {place: done[rate] for place, rate in enumerate(RATES) if rate in done}
+    begin = RATES.index(first)
+    wanted = [begin, begin - 1, begin + 1]
+    if all(place in tried for place in wanted):
+        best = min(tried, key=lambda place: tried[place])
+        wanted = [best - 1, best + 1]
+        if len(tried) < 4:
+            wanted += sorted((min(tried) - 1, max(tried) + 1), key=lambda place: abs(place - best))
+    return next((RATES[place] for place in wanted if 0 <= place < len(RATES) and place not in tried), None)
 
 
 def interval(values: list[float]) -> str:
