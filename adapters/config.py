@@ -25,17 +25,16 @@ class MokaConfig(PeftConfig):
     with A_i uniform, B_i zero and g zero at the start, so that training begins at the base model and every product at
     weight alpha / r. The gates g are one static vector a layer: a trained adapter merges.
 
-    The paper does not state shapes, initialisation, alpha or dropout; those here are this library's choice. The plain
-    reading of it, five balanced shapes at weight 1, is `shapes="balanced"`. Parameters are kept
+    The paper does not state initialisation, alpha or dropout; those here are this library's choice. Parameters are kept
     in float32 even where a trainer casts them to bfloat16, in which small steps are lost; they compute in the dtype of
     the activations. `get_peft_model(..., autocast_adapter_dtype=False)` gives them the dtype of the base instead.
 
     Args:
         r: how many Kronecker products a layer. They differ in rank as their shapes do; r does not bound it.
         n_shapes: over how many shapes the products are spread, as evenly as r allows (paper: 5 shapes, r = 10).
-        shapes: "ladder", which begins at LoRA's rank one and rises (see `ladder.py`), "balanced" (see
-            `kronecker.balanced_shapes`), or a list of (a_out, a_in) used for every adapted layer; a_out must divide
-            the layer's out_features and a_in its in_features.
+        shapes: "balanced" (see `kronecker.balanced_shapes`), "ladder", which begins at LoRA's rank one and rises (see
+            `ladder.py`), or a list of (a_out, a_in) used for every adapted layer; a_out must divide the layer's
+            out_features and a_in its in_features.
         alpha: scale of the update; None stands for twice the layer's r on a ladder, as LoRA's usual lora_alpha = 2 r,
             and else for r, so that every product begins at weight 1.
         gate: "softmax", or "none" for the fixed weight 1 / r (the ablation).
@@ -66,7 +65,7 @@ class MokaConfig(PeftConfig):
 
     r: int = 10
     n_shapes: int = 5
-    shapes: str | list[Shape] = "ladder"
+    shapes: str | list[Shape] = "balanced"
     alpha: float | None = None
     gate: Literal["softmax", "none"] = "softmax"
     identity: Literal["A", "B"] | None = None

@@ -66,9 +66,10 @@ def moka(r: int, **options: Any) -> Arm:
 
 ARMS: dict[str, Arm] = {
     **{f"LoRA r={r}": lora(r) for r in (1, 4, 10, 32)},
-    **{f"MoKA r={r}": moka(r) for r in (1, 4, 10, 20)},
-    "balanced shapes r=10": moka(10, shapes="balanced"),
-    "gate none r=10": moka(10, gate="none"),
+    **{f"balanced r={r}": moka(r) for r in (1, 4, 10, 20)},
+    **{f"ladder r={r}": moka(r, shapes="ladder") for r in (1, 4, 10, 20)},
+    "ladder r=10, gate none": moka(10, shapes="ladder", gate="none"),
+    "balanced r=10, gate none": moka(10, gate="none"),
     "MoKA_s r=5": moka(5, identity="A"),
     "LoKr": Arm(LoKrConfig, {"r": 64, "alpha": 64, "decompose_factor": -1}),
 }
@@ -296,7 +297,7 @@ def markdown(title: str, columns: list[str], rows: list[list[str]]) -> str:
     return "\n".join([f"## {title}", "", *(f"| {' | '.join(line)} |" for line in lines), ""])
 
 
-FAMILIES = {"LoRA": "#c2571a", "MoKA": "#3b6fb6", "other": "#777777"}
+FAMILIES = {"LoRA": "#c2571a", "balanced": "#3b6fb6", "ladder": "#2e8b57", "other": "#777777"}
 
 
 def picture(results: Results) -> str:
@@ -345,7 +346,7 @@ def picture(results: Results) -> str:
 
 
 def family_of(name: str) -> str:
-    """The curve that an arm stands on: "LoRA r=4" and "MoKA r=4" do, ablations do not."""
+    """The curve that an arm stands on: "LoRA r=4" and "ladder r=4" do, ablations do not."""
     method, _, rest = name.partition(" r=")
     return method if rest.isdigit() and method in FAMILIES else "other"
 

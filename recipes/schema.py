@@ -203,8 +203,8 @@ class Adapter(Section):
     """Kronecker products a layer."""
     n_shapes: int = Field(default=5, ge=1)
     """Over how many shapes they are spread."""
-    shapes: Literal["ladder", "balanced"] = "ladder"
-    """From LoRA's rank one upwards, or the shapes of fewest parameters, nearest to square."""
+    shapes: Literal["balanced", "ladder"] = "balanced"
+    """Those of fewest parameters, nearest to square, or from LoRA's rank one upwards."""
     alpha: float | None = Field(default=None, gt=0)
     """Scale of the update; null stands for 2 r on a ladder, and else for r."""
     gate: Literal["softmax", "none"] = "softmax"

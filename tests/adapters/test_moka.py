@@ -149,7 +149,7 @@ def test_rank_and_alpha_patterns(tiny, shake):
     assert q0.mixture_weights("default").tolist() == pytest.approx([0.25] * 6)
 
 
-@pytest.mark.parametrize(("options", "share"), [({}, 2), ({"shapes": "balanced"}, 1), ({"shapes": [(4, 4)]}, 1)])
+@pytest.mark.parametrize(("options", "share"), [({}, 1), ({"shapes": "ladder"}, 2), ({"shapes": [(4, 4)]}, 1)])
 def test_alpha_follows_the_layers_r_when_it_is_not_given(tiny, options, share):
     config = MokaConfig(r=4, target_modules=["q_proj", "v_proj"], rank_pattern={"v_proj": 2}, **options)
     attention = get_peft_model(tiny, config).base_model.model.model.layers[0].self_attn

@@ -156,7 +156,7 @@ def test_an_adapter_keeps_its_shapes_where_the_choice_of_shapes_has_changed(save
     folder, expected = saved
     resolved = json.loads((folder / "adapter_config.json").read_text())["resolved_shapes"]
     assert set(resolved) == {"64x64:3", "32x64:3", "128x64:3", "64x128:3"}
-    monkeypatch.setattr(layer, "ladder_shapes", lambda n_out, n_in, n_shapes: [(1, n_in)])
+    monkeypatch.setattr(layer, "balanced_shapes", lambda n_out, n_in, n_shapes: [(1, n_in)])
     assert torch.equal(logits(AutoPeftModelForCausalLM.from_pretrained(folder), tokens), expected)
 
 
