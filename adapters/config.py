@@ -22,8 +22,8 @@ class MokaConfig(PeftConfig):
 
         delta W = alpha * sum_i softmax(g)_i  A_i (x) B_i,        i = 1..r
 
-    with A_i Kaiming-uniform, B_i zero and g zero at the start, so that training begins at the base model and every
-    product at weight alpha / r. The gates g are one static vector a layer: a trained adapter merges.
+    with A_i uniform, B_i zero and g zero at the start, so that training begins at the base model and every product at
+    weight alpha / r. The gates g are one static vector a layer: a trained adapter merges.
 
     The paper does not state initialisation, alpha or dropout; those here are this library's choice. Parameters are kept
     in float32 even where a trainer casts them to bfloat16, in which small steps are lost; they compute in the dtype of
@@ -32,9 +32,11 @@ class MokaConfig(PeftConfig):
     Args:
         r: how many Kronecker products a layer. They differ in rank as their shapes do; r does not bound it.
         n_shapes: over how many shapes the products are spread, as evenly as r allows (paper: 5 shapes, r = 10).
-        shapes: "balanced" (see `kronecker.balanced_shapes`), or a list of (a_out, a_in) used for every adapted layer;
-            a_out must divide the layer's out_features and a_in its in_features.
-        alpha: scale of the update; None stands for the layer's r, so that every product begins at weight 1.
+        shapes: "balanced" (see `kronecker.balanced_shapes`), "ladder", which begins at LoRA's rank one and rises (see
+            `ladder.py`), or a list of (a_out, a_in) used for every adapted layer; a_out must divide the layer's
+            out_features and a_in its in_features.
+        alpha: scale of the update; None stands for twice the layer's r on a ladder, as LoRA's usual lora_alpha = 2 r,
+            and else for r, so that every product begins at weight 1.
         gate: "softmax", or "none" for the fixed weight 1 / r (the ablation).
         identity: None, or the factor that is fixed to the identity: "A" or "B" (MoKA_s, see `identity.py`). The trained
             factor starts at zero, and equal shapes add up to one product, so take n_shapes = r.
@@ -49,7 +51,8 @@ class MokaConfig(PeftConfig):
         modules_to_save: modules trained in full and saved with the adapter.
         bias: "none"; "moka_only" trains the biases of the adapted layers, "all" every bias of the model, and saves them
             with the adapter. Then only one adapter is allowed, and disabling it does not give the base's output again.
-        init_weights: True as above. False draws B as A, so that the adapter is not the identity (for tests). "nearest"
+        init_weights: True as above: A within 1 / sqrt(in_features) on a ladder, as LoRA's, and else Kaiming-uniform
+            (1 / sqrt(a_in)). False draws B as A, so that the adapter is not the identity (for tests). "nearest"
             points the A_i where the weight's own nearest Kronecker sum has them (Van Loan and Pitsianis, 1993), B zero:
             the update starts at zero and the base weight stays as it is, quantised or not.
         resolved_shapes: written by the tuner: the shapes in use for each (outputs, inputs, n_shapes), e.g.
@@ -92,6 +95,12 @@ class MokaConfig(PeftConfig):
         """As saved: the embedded base goes by its Hub id, as a folder of a cache means nothing elsewhere."""
         return {**super().to_dict(), "base_model_name_or_path": to_hub_id(self.base_model_name_or_path)}
 
+    def alpha_of(self, r: int) -> float:
+        """The scale of a layer of r products where neither `alpha` nor `alpha_pattern` names one."""
+        if self.alpha is not None:
+            return float(self.alpha)
+        return 2.0 * r if self.shapes == "ladder" and self.identity is None else float(r)
+
     def _check(self) -> None:
         for name, value in {"r": self.r, **{f"rank_pattern[{k!r}]": v for k, v in self.rank_pattern.items()}}.items():
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
@@ -116,7 +125,7 @@ class MokaConfig(PeftConfig):
             raise AdapterError(
                 "init_weights='nearest' sets the factors A, and identity leaves one factor only; use one of the two"
             )
-        if self.shapes != "balanced":
+        if self.shapes not in ("balanced", "ladder"):
             self._check_shapes(self.shapes)
         if self.layers_pattern and self.layers_to_transform is None:
             raise AdapterError("layers_pattern is used with layers_to_transform, which is not set")
@@ -131,7 +140,7 @@ class MokaConfig(PeftConfig):
         pairs = list(shapes) if isinstance(shapes, (list, tuple)) else []
         fit = [isinstance(pair, (list, tuple)) and len(pair) == 2 for pair in pairs]
         if not pairs or not all(fit) or not all(isinstance(n, int) and n > 0 for pair in pairs for n in pair):
-            raise AdapterError(f"shapes must be 'balanced' or a list of (a_out, a_in) pairs, got {shapes!r}")
+            raise AdapterError(f"shapes must be 'ladder', 'balanced' or a list of (a_out, a_in) pairs, got {shapes!r}")
         if len(pairs) > self.r:
             raise AdapterError(
                 f"shapes lists {len(pairs)} shapes, and r={self.r} products cannot fill them; raise r or list fewer"

@@ -11,9 +11,9 @@ from .kronecker import kron_weight
 _EXACT = 256  # rows or columns up to which the whole SVD is as fast as a part of it
 
 
-def kaiming_uniform(stack: torch.Tensor) -> None:
-    """`nn.init.kaiming_uniform_(a=sqrt(5))` for every (m, n) matrix of the stack: uniform in +-1 / sqrt(n)."""
-    bound = 1.0 / math.sqrt(stack.shape[-1])
+def kaiming_uniform(stack: torch.Tensor, fan_in: int | None = None) -> None:
+    """Every (m, n) matrix of the stack uniform in +-1 / sqrt(fan_in), n by default: `kaiming_uniform_(a=sqrt(5))`."""
+    bound = 1.0 / math.sqrt(fan_in or stack.shape[-1])
     nn.init.uniform_(stack, -bound, bound)
 
 
@@ -60,13 +60,13 @@ def _first_terms(matrix: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tens
 
 
 @torch.no_grad()
-def start_at_nearest(stacks_a: Sequence[torch.Tensor], weight: torch.Tensor) -> None:
-    """Point every A_i where the weight's nearest Kronecker sum has it, at the norm that a Kaiming-uniform A_i has."""
+def start_at_nearest(stacks_a: Sequence[torch.Tensor], weight: torch.Tensor, fan_in: int | None = None) -> None:
+    """Point every A_i where the weight's nearest Kronecker sum has it, at the norm that `kaiming_uniform` gives."""
     shapes = [(a.shape[1], a.shape[2]) for a in stacks_a]
     found, _ = nearest_kron_sum(weight, shapes, [len(a) for a in stacks_a])
     for stack, near in zip(stacks_a, found, strict=True):
-        kaiming_uniform(stack)  # for products beyond the rank of the rearranged weight
+        kaiming_uniform(stack, fan_in)  # for products beyond the rank of the rearranged weight
         norm = near.flatten(1).norm(dim=1)
         near = near[norm > 1e-6 * norm.max().clamp_min(torch.finfo(near.dtype).tiny)]
-        size = math.sqrt(stack.shape[1] / 3.0)  # of a matrix (m, n), uniform in +-1 / sqrt(n)
+        size = math.sqrt(stack[0].numel() / (3.0 * (fan_in or stack.shape[2])))
         stack[: len(near)] = size * near / near.flatten(1).norm(dim=1)[:, None, None]

@@ -13,6 +13,7 @@ from .config import AdapterError, MokaConfig, Shape
 from .identity import Fixed, identity_mix, identity_sizes
 from .initial import kaiming_uniform, start_at_nearest
 from .kronecker import balanced_shapes, kron_stacks, kron_weight, sum_all
+from .ladder import ladder_shapes
 
 
 def quantisation_of(module: nn.Module) -> QuantizationBackend | None:
@@ -76,7 +77,7 @@ class MokaLayer(BaseTunerLayer):
     ) -> None:
         """Add the factors and the gate of one adapter to this layer."""
         shapes = resolve_shapes(config, self.out_features, self.in_features)
-        if config.shapes != "balanced" and len(shapes) > r:
+        if not isinstance(config.shapes, str) and len(shapes) > r:
             raise AdapterError(f"{len(shapes)} shapes for r = {r} products; give at most {r} shapes, or a larger r")
         shapes = shapes[:r]
         counts = [r // len(shapes) + (i < r % len(shapes)) for i in range(len(shapes))]
@@ -99,8 +100,10 @@ class MokaLayer(BaseTunerLayer):
 
     def _initialise(self, adapter_name: str, config: MokaConfig) -> None:
         a, b = self.held(adapter_name)
+        # On a ladder every A starts with the numbers of a LoRA's, so that a step of one size means the same to each.
+        whole = self.in_features if config.shapes == "ladder" and config.identity is None else None
         for stack in (*a, *b):
-            kaiming_uniform(stack)
+            kaiming_uniform(stack, whole)
         if config.init_weights is False:
             return
         for stack in b or a:  # the only factor, where the other one is the identity
@@ -111,7 +114,7 @@ class MokaLayer(BaseTunerLayer):
                 raise AdapterError(f"a {name} cannot be de-quantised, which init_weights='nearest' needs; use True")
             weight = self.base_matrix()
             if weight.device.type != "meta":
-                start_at_nearest([stack.data for stack in a], weight.to(a[0].device))
+                start_at_nearest([stack.data for stack in a], weight.to(a[0].device), whole)
 
     def held(self, adapter_name: str) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         """The trained factors of one adapter, as `stacks` gives them; an empty list for the identity."""
@@ -222,7 +225,7 @@ def resolve_shapes(config: MokaConfig, n_out: int, n_in: int) -> list[Shape]:
         AdapterError: a shape asked for does not divide the layer.
     """
     key = f"{n_out}x{n_in}:{config.n_shapes}"
-    if config.shapes != "balanced":
+    if not isinstance(config.shapes, str):
         config.resolved_shapes[key] = [(int(o), int(i)) for o, i in config.shapes]
     elif key not in config.resolved_shapes:
         config.resolved_shapes[key] = _own_shapes(config, n_out, n_in)
@@ -244,7 +247,8 @@ def resolve_shapes(config: MokaConfig, n_out: int, n_in: int) -> list[Shape]:
 
 def _own_shapes(config: MokaConfig, n_out: int, n_in: int) -> list[Shape]:
     if config.identity is None:
-        return balanced_shapes(n_out, n_in, config.n_shapes)
+        choose = ladder_shapes if config.shapes == "ladder" else balanced_shapes
+        return choose(n_out, n_in, config.n_shapes)
     sizes = identity_sizes(n_out, n_in, config.n_shapes)
     if sizes == [1]:
         raise AdapterError(

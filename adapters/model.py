@@ -42,8 +42,7 @@ class MokaModel(BaseTuner):
         parameter_name: str | None = None,
     ) -> None:
         r = _pattern_value(peft_config.rank_pattern, current_key, peft_config.r)
-        alpha = _pattern_value(peft_config.alpha_pattern, current_key, peft_config.alpha)
-        alpha = float(r) if alpha is None else alpha
+        alpha = _pattern_value(peft_config.alpha_pattern, current_key, peft_config.alpha_of(r))
         kwargs: dict[str, Any] = {"config": peft_config, "r": r, "alpha": alpha, **get_quantization_kwargs(self)}
         kwargs["inference_mode"] = peft_config.inference_mode
         if isinstance(target, MokaLayer):

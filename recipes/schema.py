@@ -203,8 +203,10 @@ class Adapter(Section):
     """Kronecker products a layer."""
     n_shapes: int = Field(default=5, ge=1)
     """Over how many shapes they are spread."""
+    shapes: Literal["balanced", "ladder"] = "balanced"
+    """Those of fewest parameters, nearest to square, or from LoRA's rank one upwards."""
     alpha: float | None = Field(default=None, gt=0)
-    """Scale of the update; null stands for r."""
+    """Scale of the update; null stands for 2 r on a ladder, and else for r."""
     gate: Literal["softmax", "none"] = "softmax"
     """Learned mixture weights, or none: 1 / r each."""
     dropout: float = Field(default=0.0, ge=0, lt=1)

@@ -58,10 +58,10 @@ def test_the_table_of_single_products():
 
 def test_the_table_of_whole_layers():
     table = rows_under("layer")
-    assert len(table) == 10
-    for where, r, n_shapes, parameters, equal, share, lora in table:
+    assert len(table) == 18
+    for where, shapes, r, n_shapes, parameters, equal, share, lora in table:
         m, n = size(where)
-        layer = layer_of(m, n, r=int(r), n_shapes=int(n_shapes))
+        layer = layer_of(m, n, r=int(r), n_shapes=int(n_shapes), shapes=shapes)
         held = sum(p.numel() for name, p in layer.named_parameters() if "moka_" in name)
         count, _ = multiplications(layer)
         assert int(parameters) == held

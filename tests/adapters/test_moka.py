@@ -44,9 +44,9 @@ def test_b_and_the_gate_logits_start_at_zero_and_a_does_not(tiny_llama):
         assert all(a.abs().min(dim=0).values.max() > 0 for a in layer.moka_A["default"])
 
 
-def test_every_a_factor_is_kaiming_uniform_in_its_own_fan_in():
+def test_every_a_factor_of_balanced_shapes_is_kaiming_uniform_in_its_own_fan_in():
     torch.manual_seed(0)
-    layer = MokaLinear(torch.nn.Linear(1024, 1024), "default", MokaConfig(r=5), r=5, alpha=5.0)
+    layer = MokaLinear(torch.nn.Linear(1024, 1024), "default", MokaConfig(r=5, shapes="balanced"), r=5, alpha=5.0)
     assert len(layer.moka_A["default"]) == 5
     for a in layer.moka_A["default"]:
         bound = a.shape[-1] ** -0.5
@@ -97,14 +97,15 @@ def naive_parameter_count(n_out, n_in, r, n_shapes):
 
 @pytest.mark.parametrize(("r", "n_shapes"), [(10, 5), (7, 3), (2, 5), (1, 1)])
 def test_number_of_parameters(tiny, r, n_shapes):
-    model = get_peft_model(tiny, MokaConfig(target_modules="all-linear", r=r, n_shapes=n_shapes))
+    model = get_peft_model(tiny, MokaConfig(target_modules="all-linear", r=r, n_shapes=n_shapes, shapes="balanced"))
     expected = sum(naive_parameter_count(m.out_features, m.in_features, r, n_shapes) for m in layers(model))
     assert model.get_nb_trainable_parameters()[0] == expected
 
 
-def test_ten_products_on_4096_square_cost_81920_parameters_and_ten_gates():
+@pytest.mark.parametrize("shapes", ["ladder", "balanced"])
+def test_ten_products_on_4096_square_cost_81920_parameters_and_ten_gates(shapes):
     base = torch.nn.Linear(4096, 4096, device="meta")
-    layer = MokaLinear(base, "default", MokaConfig(), r=10, alpha=10.0)
+    layer = MokaLinear(base, "default", MokaConfig(shapes=shapes), r=10, alpha=10.0)
     factors = [*layer.moka_A.parameters(), *layer.moka_B.parameters()]
     assert sum(p.numel() for p in factors) == 81_920
     assert layer.moka_gate["default"].logits.numel() == 10
@@ -148,10 +149,12 @@ def test_rank_and_alpha_patterns(tiny, shake):
     assert q0.mixture_weights("default").tolist() == pytest.approx([0.25] * 6)
 
 
-def test_alpha_is_the_layers_r_when_it_is_not_given(tiny):
-    config = MokaConfig(r=4, target_modules=["q_proj", "v_proj"], rank_pattern={"v_proj": 2})
+@pytest.mark.parametrize(("options", "share"), [({}, 1), ({"shapes": "ladder"}, 2), ({"shapes": [(4, 4)]}, 1)])
+def test_alpha_follows_the_layers_r_when_it_is_not_given(tiny, options, share):
+    config = MokaConfig(r=4, target_modules=["q_proj", "v_proj"], rank_pattern={"v_proj": 2}, **options)
     attention = get_peft_model(tiny, config).base_model.model.model.layers[0].self_attn
-    assert (attention.q_proj.moka_alpha["default"], attention.v_proj.moka_alpha["default"]) == (4.0, 2.0)
+    alphas = attention.q_proj.moka_alpha["default"], attention.v_proj.moka_alpha["default"]
+    assert alphas == (4.0 * share, 2.0 * share)
 
 
 def test_a_config_used_again_with_other_n_shapes_takes_other_shapes(tiny_llama):
@@ -206,11 +209,11 @@ def test_dropout_acts_on_the_adapter_in_training_only(tiny, tokens, shake):
         ({"identity": "C"}, "identity must be None, 'A' or 'B'"),
         ({"init_weights": "svd"}, "init_weights must be True, False or 'nearest'"),
         ({"init_weights": "nearest", "identity": "A"}, "use one of the two"),
-        ({"shapes": "square"}, "shapes must be 'balanced'"),
-        ({"shapes": []}, "shapes must be 'balanced'"),
-        ({"shapes": [8, 8]}, "shapes must be 'balanced'"),
-        ({"shapes": [(8,)]}, "shapes must be 'balanced'"),
-        ({"shapes": [(8, 0)]}, "shapes must be 'balanced'"),
+        ({"shapes": "square"}, "shapes must be 'ladder', 'balanced'"),
+        ({"shapes": []}, "shapes must be 'ladder', 'balanced'"),
+        ({"shapes": [8, 8]}, "shapes must be 'ladder', 'balanced'"),
+        ({"shapes": [(8,)]}, "shapes must be 'ladder', 'balanced'"),
+        ({"shapes": [(8, 0)]}, "shapes must be 'ladder', 'balanced'"),
         ({"shapes": [(8, 8), (4, 4)], "r": 1}, "r=1 products cannot fill them"),
         ({"layers_pattern": "layers"}, "layers_pattern is used with layers_to_transform"),
         ({"target_modules": ".*q_proj", "layers_to_transform": [0]}, "regular expression"),

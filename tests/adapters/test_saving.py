@@ -6,6 +6,7 @@ import pickle
 import subprocess
 import sys
 import warnings
+from typing import Any
 
 import peft
 import pytest
@@ -151,12 +152,24 @@ def test_the_config_survives_json(tmp_path):
         assert getattr(again, name) == getattr(config, name)
 
 
-def test_an_adapter_keeps_its_shapes_where_balanced_shapes_has_changed(saved, tokens, monkeypatch):
+def test_an_adapter_keeps_its_shapes_where_the_choice_of_shapes_has_changed(saved, tokens, monkeypatch):
     folder, expected = saved
     resolved = json.loads((folder / "adapter_config.json").read_text())["resolved_shapes"]
     assert set(resolved) == {"64x64:3", "32x64:3", "128x64:3", "64x128:3"}
     monkeypatch.setattr(layer, "balanced_shapes", lambda n_out, n_in, n_shapes: [(1, n_in)])
     assert torch.equal(logits(AutoPeftModelForCausalLM.from_pretrained(folder), tokens), expected)
+
+
+def test_an_adapter_of_balanced_shapes_and_no_alpha_keeps_its_scale(tiny_llama, tokens, shake, tmp_path):
+    """As every adapter was saved before ladders were there."""
+    model = shake(get_peft_model(tiny_llama(), MokaConfig(target_modules=["q_proj"], r=6, shapes="balanced")))
+    model.save_pretrained(tmp_path)
+    written = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert (written["shapes"], written["alpha"]) == ("balanced", None)
+    again = PeftModel.from_pretrained(tiny_llama(), tmp_path)
+    attention: Any = again.base_model.model.model.layers[0].self_attn
+    assert attention.q_proj.moka_alpha["default"] == 6.0
+    assert torch.equal(logits(again, tokens), logits(model, tokens))
 
 
 def test_explicit_shapes_of_a_config_win_over_those_of_an_earlier_model(tiny_llama):
