@@ -7,6 +7,7 @@ import asyncio
 import inspect
 import io
 import json
+import math
 import os
 import pickle
 import resource
@@ -145,6 +146,8 @@ def _score(reward: Callable[..., Any], item: dict[str, Any], shared: Any, wants:
         if len(rewards) != 1:
             raise ValueError(f"the reward gave {len(rewards)} values for 1 completion")
         value = None if rewards[0] is None else float(rewards[0])
+        if value is not None and not math.isfinite(value):  # one NaN makes all advantages of its group NaN
+            raise ValueError(f"the reward gave {value}, which is no finite number")
     except BaseException as error:  # math-verify's time out, for one, is no Exception
         message = f"{type(error).__name__}: {error}"[:_MESSAGE_CHARS]
         return {"outcome": "exception", "error": message}

@@ -29,4 +29,4 @@ def unknown(what: str, word: object, allowed: Iterable[str]) -> RlError:
     names = list(allowed)
     near = get_close_matches(str(word), names, n=1)
     guess = f", did you mean {near[0]!r}?" if near else ""
-    return RlError(f"unknown {what} {word!r}{guess}; {what}s: {', '.join(names)}")
+    return RlError(f"unknown {what} {word!r}{guess}; {what}s: {', '.join(names) or 'there are none'}")

@@ -67,7 +67,8 @@ def test_512_hostile_completions_end_inside_the_batch_deadline_and_take_nothing_
 @pytest.mark.parametrize(
     ("said", "outcome"),
     [("exit", "crash"), ("kill", "crash"), ("raise", "exception"), ("leave", "exception"), ("loop", "timeout"),
-     ("memory", "exception"), ("recurse", "exception"), ("many", "exception"), ("nothing", "scored")],
+     ("memory", "exception"), ("recurse", "exception"), ("many", "exception"), ("nothing", "scored"),
+     ("nan", "exception"), ("inf", "exception")],
 )  # fmt: skip
 def test_each_failure_is_none_and_is_counted_by_its_name(guard, said, outcome):
     one = guard(item_timeout_s=0.4, workers=1)
