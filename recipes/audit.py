@@ -1,12 +1,15 @@
 """The checks before training, on the task, the data and the reward of a recipe's rl stage."""
 
+import json
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
+from ..data_selection.files import write_atomic
 from ..data_selection.texts import row_text
 from ..rl import CertificateTask, Guarded, checks
 from ..rl.checks import CheckResult
@@ -19,7 +22,6 @@ from .rl import make_task, training_rows
 from .rows import Row, read_sources
 from .schema import Recipe, Rl
 
-REPORT = "rlvr_report.json"
 FILE_WIDTH = 120
 
 
@@ -107,6 +109,14 @@ def _training_texts(recipe: Recipe, stage: Rl, task: CertificateTask | None, row
         yield from (task.prompt(one) for one in drawn)
     else:
         yield from (row_text({"text": str(row["prompt"])}, "data") for row in rows)
+
+
+def write_audit(results: Sequence[CheckResult], recipe: Recipe, out: Path) -> str:
+    """Write the report, whole or not at all, and return its text."""
+    found = checks.report(results, {"stage": "audit", "recipe": recipe.name})
+    text = json.dumps(found, indent=1, allow_nan=False) + "\n"
+    write_atomic(out, text.encode())
+    return text
 
 
 def print_audit(results: Sequence[CheckResult]) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import RlError
-from ..statistics import bootstrap_interval
+from ..statistics import alike_interval, bootstrap_interval
 from .result import CheckResult
 
 DRAWS = 200
@@ -86,10 +86,12 @@ def base_vs_tuned(
     """pass@k of the tuned model against the base on the same instances, and the k where the base overtakes.
 
     base, tuned: (N, n) of 0 and 1, the same N instances in the same order. value: tuned minus base at k = 1,
-    threshold 0, by a paired bootstrap over instances. details: both curves, the difference at each k with its
-    interval, `crossing`: the smallest k from which the base is ahead (None: never), with `crossing_share`, the
-    share of bootstrap resamples in which there is one. Departure from the plain verdict: a pass becomes "warn" where
-    the base is surely ahead at the largest k, that is, where training has narrowed what the model can find.
+    threshold 0, by a paired bootstrap over instances; where all instances differ alike, by `alike_interval`. details:
+    both curves, the difference at each k with its interval, `crossing`: the smallest k from which the base is ahead
+    (None: never), with `crossing_share`, the share of bootstrap resamples in which there is one. Departures from the
+    plain verdict: "pass" and "fail" need an interval wholly above or below 0, so that equal models get "warn"; and a
+    pass becomes "warn" where the base is surely ahead at the largest k, that is, where training has narrowed what the
+    model can find.
     (Yue et al., arXiv 2504.13837, report that; Wen et al., 2506.14245, and ProRL, 2505.24864, find otherwise:
     look at your curve.) Raises RlError for shapes that do not match.
     """
@@ -100,7 +102,9 @@ def base_vs_tuned(
     change = second - first  # (N, K)
     low, high = bootstrap_interval(change, lambda means: means)
     means = change.mean(axis=0)
-    verdict = "pass" if low[0] > 0 else "fail" if high[0] <= 0 else "warn"
+    for place in np.flatnonzero((change == change[0]).all(axis=0)):
+        low[place], high[place] = alike_interval(float(change[0, place]), len(change))
+    verdict = "pass" if low[0] > 0 else "fail" if high[0] < 0 else "warn"
     if verdict == "pass" and high[-1] < 0:
         verdict = "warn"
     details = {
@@ -141,8 +145,7 @@ def _crossing(difference: np.ndarray, ks: list[int]) -> int | None:
 
 
 def _crossing_share(change: np.ndarray, resamples: int = 2000, seed: int = 0) -> float:
-    """The share of resamples in which the base is ahead at the largest k and not at the smallest."""
+    """The share of resamples with a `_crossing`: those in which the base is ahead at the largest k."""
     n = len(change)
     weights = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=resamples)  # (resamples, N)
-    means = weights @ change[:, [0, -1]] / n
-    return float(((means[:, 0] >= 0) & (means[:, 1] < 0)).mean())
+    return float((weights @ change[:, -1] / n < 0).mean())
