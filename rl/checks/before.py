@@ -184,15 +184,15 @@ def contamination(
     kind that cannot have been seen. value: the difference, threshold 0.1. (Wu et al., arXiv 2507.10532, find
     54.6 % of MATH-500 completed so by Qwen2.5-Math-7B and 3.8 % by Llama-3.1-8B.) With `train`: value is the
     share of texts with a run of `words` words in common with a text of `train`, less the runs that more than
-    half of `train` has (the wording of the question). Where both were asked for, the one with the worse verdict
-    decides, of two alike the larger value; details has both, and `decided_by`.
+    half of `train` or of the texts has (the wording of the question). Where both were asked for, the one with
+    the worse verdict decides, of two alike the larger value; details has both, and `decided_by`.
     """
     if not texts:
         raise RlError("contamination needs at least one evaluation text")
     details: dict[str, Any] = {}
     measured: dict[str, tuple[float, tuple[float, float]]] = {}
     if train:
-        common = _runs_of(train, words)
+        common = _runs_of(train, words) & _runs_of(texts, words)
         flags = [bool(_runs(text, words) & common) for text in texts]
         value, low, high, _ = clustered_mean(list(map(float, flags)), range(len(flags)))
         measured["overlap"] = value, (low, high)
