@@ -1,25 +1,29 @@
 """The checks before training, on the task, the data and the reward of a recipe's rl stage."""
 
+import json
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
+from ..data_selection.files import write_atomic
 from ..data_selection.texts import row_text
-from ..rl import CertificateTask, Guarded, checks
+from ..rl import Guarded, checks
 from ..rl.checks import CheckResult
 from ..rl.checks.result import not_run
 from ..rl.checks.rows import held_out_overlap, pay_rows, rows_heuristics, rows_soundness, rows_verifier
 from .faults import Fault, RecipeError
+from .prompts import read_prompts
 from .reward_trial import ROWS, right_forms
 from .rewards import make_reward
 from .rl import make_task, training_rows
-from .rows import Row, read_sources
+from .rows import Row, source_rows
 from .schema import Recipe, Rl
+from .select import SELECTED
 
-REPORT = "rlvr_report.json"
 FILE_WIDTH = 120
 
 
@@ -40,8 +44,7 @@ def audit(recipe: Recipe) -> list[CheckResult]:
         task = None if stage.task is None else make_task(stage.task)
         rows = [] if task is not None else [dict(row) for row in training_rows(stage, recipe.seed)]
         reward = make_reward(stage, task, recipe.seed)
-        held_out = _held_out(recipe)
-        trained = list(_training_texts(recipe, stage, task, rows))
+        overlap = held_out_overlap(_held_out(recipe), training_texts(recipe))
     except (ValueError, OSError) as error:
         where = recipe.where(("stages", number, "stage"))
         raise RecipeError([Fault(where, " ".join(str(error).split()))]) from error
@@ -59,7 +62,7 @@ def audit(recipe: Recipe) -> list[CheckResult]:
     finally:
         if isinstance(reward, Guarded):
             reward.close()
-    return [*found, held_out_overlap(held_out, trained)]
+    return [*found, overlap]
 
 
 def _of_rows(stage: Rl, reward: Any, rows: list[Row]) -> list[CheckResult]:
@@ -95,18 +98,38 @@ def _held_out(recipe: Recipe) -> list[str]:
     return [asked.prompt(one) for one in instances]
 
 
-def _training_texts(recipe: Recipe, stage: Rl, task: CertificateTask | None, rows: list[Row]) -> Iterator[str]:
-    """Whatever the recipe trains on."""
-    sft, select = recipe.stage("sft"), recipe.stage("select")
-    sources = select.raw if select is not None else sft.data if sft is not None else ()
-    yield from (row_text(row, "data") for row in read_sources(sources, "data"))
-    if task is not None:
-        settings = stage.task
-        assert settings is not None
-        drawn = task.instances(stage.instances, settings.n, recipe.seed, "train", settings.discriminating)
+def training_texts(recipe: Recipe, run: Path | None = None) -> Iterator[str]:
+    """Whatever the recipe trains on, one text at a time: the sft stage's rows and the rl stage's prompts.
+
+    Where sft takes what was selected, those are the picks of `run`, or the whole pool where there is no run or it has
+    none yet.
+
+    Raises:
+        RlError, DataSelectionError: as the stages raise where data cannot be made or read.
+    """
+    sft, select, rl = recipe.stage("sft"), recipe.stage("select"), recipe.stage("rl")
+    sources = () if sft is None or isinstance(sft.data, str) else sft.data
+    if sft is not None and isinstance(sft.data, str) and select is not None:
+        picked = None if run is None else run / "select" / SELECTED
+        sources = [str(picked)] if picked is not None and picked.is_file() else select.raw
+    for source in sources:
+        yield from (row_text(row, "data") for row in source_rows(source, "data"))
+    if rl is not None and rl.task is not None:
+        task = make_task(rl.task)
+        drawn = task.instances(rl.instances, rl.task.n, recipe.seed, "train", rl.task.discriminating)
         yield from (task.prompt(one) for one in drawn)
-    else:
-        yield from (row_text({"text": str(row["prompt"])}, "data") for row in rows)
+    elif rl is not None:
+        for row in read_prompts(rl.data or (), rl.instruction):
+            prompt = row["prompt"]
+            yield prompt if isinstance(prompt, str) else row_text({"messages": prompt}, "data")
+
+
+def write_audit(results: Sequence[CheckResult], recipe: Recipe, out: Path) -> str:
+    """Write the report, whole or not at all, and return its text."""
+    found = checks.report(results, {"stage": "audit", "recipe": recipe.name})
+    text = json.dumps(found, indent=1, allow_nan=False) + "\n"
+    write_atomic(out, text.encode())
+    return text
 
 
 def print_audit(results: Sequence[CheckResult]) -> None:

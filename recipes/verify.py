@@ -52,8 +52,9 @@ def run_verify(recipe: Recipe, stage: Verify, run: RunFolder, adapters: list[str
         rows = [{"instance": task.to_json(i), "answer": a} for i, a in zip(instances, said.greedy[name], strict=True)]
         write_atomic(folder / f"{name}.jsonl", "".join(json.dumps(row) + "\n" for row in rows).encode())
 
-    found |= after_answers(stage, said)
+    found |= after_answers(recipe, stage, said)
     order = dict.fromkeys(one for name in stage.checks for one in (ALL if name == "all" else (name,)))
+    order |= dict.fromkeys(found)  # headroom, which is made without being asked for
     ordered = [result for name in order for result in found[name]]
     models = {name: score(task, instances, answers).to_dict() for name, answers in said.greedy.items()}
     right = {

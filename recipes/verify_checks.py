@@ -1,20 +1,25 @@
 """The checks of the verify stage: which there are, and how each puts its questions to the model."""
 
-import json
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
-from ..data_selection.texts import row_text
-from ..rl import CertificateReward, RlError, checks
+from ..data_selection import DataSelectionError
+from ..rl import CertificateReward, CertificateTask, RlError, checks
 from ..rl.checks import CheckResult
+from ..rl.checks.reading import states_rows, unordered
 from ..rl.checks.result import not_run
-from ..rl.tasks import CertificateTask, Instance
+from ..rl.checks.rows import held_out_overlap
+from ..rl.tasks import Instance
+from ..rl.tasks.base import Mark
+from .audit import training_texts
 from .models import Model
+from .rewards import Reward, guard_of, make_reward
 from .schema import Recipe, Verify
-from .select import SELECTED
+from .trainer_args import given
 
 Found = dict[str, list[CheckResult]]
 Ways = dict[str, Callable[[], CheckResult]]
@@ -23,8 +28,9 @@ OF_THE_TASK = ("soundness", "verifier", "heuristics", "shortcut_ceiling")
 OF_ANSWERS = ("triplet", "attribution", "heuristic_agreement", "feature_probe", "process_claims")
 OF_MODELS = ("base_vs_tuned", "spurious_controls")
 ASKED = ("symmetry", "size_ladder", "discriminating", "early_answering", "self_explanation", "contamination")
-ALL = (*OF_THE_TASK, "contamination", *OF_ANSWERS, *OF_MODELS, *ASKED[:-1])
+ALL = (*OF_THE_TASK, "headroom", "contamination", *OF_ANSWERS, *OF_MODELS, *ASKED[:-1])
 
+GROUP = 8  # TRL's own num_generations
 EXPLAIN = "Which rows does your answer depend on? Reply with their ids only: \\ids{id,id}"
 _IDS = re.compile(r"\\ids\{([0-9, ]{0,2000})\}")
 
@@ -66,7 +72,8 @@ def while_loaded(recipe: Recipe, stage: Verify, run: Path, said: Answers, model:
         )
 
     def go_on(asked: Sequence[Instance], heads: Sequence[str]) -> list[str]:
-        return model.ask("early answering", [task.prompt(one) for one in asked], starts=list(heads))
+        room = [task.completion(one) for one in asked]
+        return model.ask("early answering", [task.prompt(one) for one in asked], starts=list(heads), room=room)
 
     def explain(asked: Sequence[Instance], texts: Sequence[str]) -> list[tuple[int, ...] | None]:
         chats = [_asked_why(task.prompt(one), text) for one, text in zip(asked, texts, strict=True)]
@@ -80,30 +87,70 @@ def while_loaded(recipe: Recipe, stage: Verify, run: Path, said: Answers, model:
         "discriminating": lambda: checks.discriminating(
             task, policy("discriminating"), said.n, stage.probes, seed=stage.seed
         ),
-        "early_answering": lambda: checks.early_answering(task, few, answers, go_on),
+        "early_answering": lambda: checks.early_answering(task, few, answers, checks.forced_answers(task, go_on)),
         "self_explanation": lambda: checks.self_explanation(task, few, policy("explained"), explain),
-        "contamination": lambda: _contamination(recipe, stage, run, said, model),
+        "contamination": lambda: _completed(stage, said, model),
     }
-    return {name: [_tried(name, ways[name])] for name in wanted(stage, ASKED)}
+    found = {name: [_tried(name, ways[name])] for name in wanted(stage, ASKED)}
+    if "contamination" in found:
+        found["contamination"].insert(0, _tried("contamination", lambda: _overlap(recipe, run, said)))
+    return found
 
 
-def after_answers(stage: Verify, said: Answers) -> Found:
-    """The checks of the task, of the last model's answers, and of the models against each other."""
+def after_answers(recipe: Recipe, stage: Verify, said: Answers) -> Found:
+    """The checks of the task, of the last model's answers, and of the models against each other.
+
+    `headroom` is made wherever samples were drawn and an rl stage could have learned from them.
+    """
     task, n = said.task, said.n
-    reward = CertificateReward(task)
+    made = cache(lambda: _reward(recipe, stage, task))
+
+    def of_reward(check: Callable[[Reward], CheckResult]) -> CheckResult:
+        reward, name = made()
+        result = check(reward)
+        return replace(result, details={"reward": name, **result.details})
+
     ways: Ways = {
         "soundness": lambda: checks.soundness(task, n),
-        "verifier": lambda: checks.verifier(reward, task, n),
-        "heuristics": lambda: checks.heuristics(task, reward, n),
+        "verifier": lambda: of_reward(lambda reward: checks.verifier(reward, task, n)),
+        "heuristics": lambda: of_reward(lambda reward: checks.heuristics(task, reward, n)),
         "shortcut_ceiling": lambda: checks.shortcut_ceiling(task, n),
         "spurious_controls": lambda: _spurious_controls(said),
     }
     answers = said.greedy[said.last]
     ways |= {name: lambda name=name: getattr(checks, name)(task, said.instances, answers) for name in OF_ANSWERS}
-    found = {name: [_tried(name, ways[name])] for name in wanted(stage, tuple(ways))}
+    try:
+        found = {name: [_tried(name, ways[name])] for name in wanted(stage, tuple(ways))}
+    finally:
+        guard = guard_of(made()[0]) if made.cache_info().currsize else None
+        if guard is not None:
+            guard.close()
     if wanted(stage, ["base_vs_tuned"]):
         found["base_vs_tuned"] = _base_vs_tuned(said)
+    if stage.checks and stage.samples or "all" in stage.checks:
+        found["headroom"] = [_tried("headroom", lambda: _headroom(recipe, said))]
     return found
+
+
+def _reward(recipe: Recipe, stage: Verify, task: CertificateTask) -> tuple[Reward, str]:
+    """The rl stage's reward where that stage has this task, else the certificate reward; and its name."""
+    rl = recipe.stage("rl")
+    if rl is not None and rl.task is not None:
+        settings = stage.task or rl.task
+        if (settings.name, settings.options) == (rl.task.name, rl.task.options):
+            return make_reward(rl, task, recipe.seed), rl.reward
+    return CertificateReward(task), "certificate (the rl stage has another task)"
+
+
+def _headroom(recipe: Recipe, said: Answers) -> CheckResult:
+    """Of the model that the rl stage began with, with that stage's group size."""
+    rl = recipe.stage("rl")
+    trained = [name for name in said.greedy if "-" not in name]
+    begins = trained[: trained.index("rl")] if "rl" in trained else trained
+    if rl is None or not said.samples:
+        return not_run("headroom", "there is no rl stage" if rl is None else "no samples were drawn; set samples")
+    result = checks.headroom(said.right(begins[-1]), given(rl.trainer).get("num_generations") or GROUP)
+    return replace(result, details={"model": begins[-1], **result.details})
 
 
 def curves(said: Answers) -> dict[str, Any]:
@@ -112,18 +159,26 @@ def curves(said: Answers) -> dict[str, Any]:
     for name, drawn in said.samples.items():
         marks = [[said.task.mark(one, text) for text in own] for one, own in zip(said.instances, drawn, strict=True)]
         values = [said.task.solution(one).value for one in said.instances]
-        # One optimum of several is as good as another, so all of them are one vote.
-        ids = [
-            ["right" if m.certificate_right else m.parsed.ids and tuple(sorted(m.parsed.ids)) for m in own]
-            for own in marks
+        ids = [[_vote(said.task, one, m) for m in own] for one, own in zip(said.instances, marks, strict=True)]
+        optimal = [
+            {vote for vote, m in zip(votes, own, strict=True) if m.certificate_right}
+            for votes, own in zip(ids, marks, strict=True)
         ]
         table[name] = {
             "pass_certificate": checks.pass_curve(said.right(name)),
             "pass_answer": checks.pass_curve([[int(m.answer_right) for m in own] for own in marks]),
-            "con_certificate": checks.con_curve(ids, ["right"] * len(ids)),
+            "con_certificate": checks.con_curve(ids, optimal),
             "con_answer": checks.con_curve([[m.parsed.answer for m in own] for own in marks], values),
         }
     return table
+
+
+def _vote(task: CertificateTask, one: Instance, mark: Mark) -> Any:
+    """The stated certificate: of row ids, in any order; None where it could not be read."""
+    ids = mark.parsed.ids
+    if ids is None or not mark.parsed.ok:
+        return None
+    return unordered(ids) if states_rows(task, one) else tuple(ids)
 
 
 def _tried(name: str, way: Callable[[], CheckResult]) -> CheckResult:
@@ -156,24 +211,27 @@ def _spurious_controls(said: Answers) -> CheckResult:
     return checks.spurious_controls(rate[before], rate["rl"], {key: rate[name] for key, name in controls.items()})
 
 
-def _contamination(recipe: Recipe, stage: Verify, run: Path, said: Answers, model: Model) -> CheckResult:
-    """Whether the test questions stand in the training data, and come back from the model more than fresh ones do."""
+def _overlap(recipe: Recipe, run: Path, said: Answers) -> CheckResult:
+    """Whether the test questions stand in the training data."""
+    prompts = [said.task.prompt(one) for one in said.instances]
+    try:
+        result = held_out_overlap(prompts, training_texts(recipe, run))
+    except (DataSelectionError, OSError) as error:
+        return not_run("contamination", f"the training data cannot be read again: {error}", len(prompts))
+    return replace(result, details={"by": "overlap", **result.details})
+
+
+def _completed(stage: Verify, said: Answers, model: Model) -> CheckResult:
+    """Whether the test questions come back from the model more than fresh ones do."""
     task = said.task
     texts = [task.prompt(one) for one in said.instances[: stage.probes]]
     fresh = [task.prompt(one) for one in task.instances(stage.probes, said.n, stage.seed, "validation")]
-    rl = recipe.stage("rl")
-    train = []
-    if rl is not None and rl.task is not None and rl.task.name == task.name:
-        drawn = task.instances(rl.instances, rl.task.n, recipe.seed, "train", rl.task.discriminating)
-        train += [task.prompt(one) for one in drawn]
-    picked = run / "select" / SELECTED
-    if picked.is_file():
-        train += [row_text(json.loads(line), str(picked)) for line in picked.read_text(encoding="utf-8").splitlines()]
 
     def complete(heads: list[str]) -> list[str]:
         return model.ask("contamination", heads, chat=False, room=texts)
 
-    return checks.contamination(texts, train, complete, fresh)
+    result = checks.contamination(texts, complete=complete, fresh=fresh)
+    return replace(result, details={"by": "completion", **result.details})
 
 
 def _asked_why(prompt: str, answer: str) -> list[dict[str, str]]:

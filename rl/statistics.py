@@ -38,7 +38,7 @@ def paired_difference(
 
     The percentile bootstrap over items. An item's difference is -1, 0 or 1, so that drawing n items with
     replacement is one multinomial draw of three counts; the cost does not depend on n. Where all items differ
-    alike the interval is a point: the bootstrap cannot see what it never met, so read it together with n.
+    alike the bootstrap would be a point, as it cannot see what it never met; `alike_interval` is given instead.
 
     Raises RlError for sequences that are empty, of different lengths or not 0/1, and for a bad confidence or
     number of resamples.
@@ -59,7 +59,22 @@ def paired_difference(
     draws = np.random.default_rng(seed).multinomial(n, counts / n, size=resamples)  # (resamples, 3)
     means = (draws[:, 2] - draws[:, 0]) / n
     low, high = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])
+    if counts.max() == n:
+        low, high = alike_interval(float(differences[0]), n, confidence)
     return float(differences.mean()), float(low), float(high)
+
+
+def alike_interval(value: float, n: int, confidence: float = 0.95) -> tuple[float, float]:
+    """An interval of a mean of n differences in [-1, 1] that are all `value`, where the bootstrap gives a point.
+
+    The true share of items that differ otherwise may be up to the upper end u of Wilson's interval of 0 in n; such
+    items lie at worst at -1 or at 1. So (value - u (value + 1), value + u (1 - value)): of 0 in 3, +-0.56; of 0 in
+    200, +-0.02; of 1 in 3, from -0.12 to 1. Raises RlError for a value outside [-1, 1], n < 1 or a bad confidence.
+    """
+    if not -1 <= value <= 1:
+        raise RlError(f"a difference of two rates lies in [-1, 1], got {value}")
+    other = wilson_interval(0, n, confidence)[1]
+    return value - other * (value + 1), value + other * (1 - value)
 
 
 def clustered_mean(

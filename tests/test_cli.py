@@ -190,6 +190,7 @@ def test_audit_prints_a_table_writes_its_report_and_exits_by_the_verdicts(tmp_pa
     from krontune.rl.checks import CheckResult
 
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "rlvr_report.json").write_text("a run's")
     verdict = CheckResult("verifier", 0.0, (0.0, 0.1), 40, 0.0, "pass")
     for outcome, code in (("pass", 0), ("warn", 0), ("fail", 1)):
         found = CheckResult("heuristics", 0.9, (0.8, 0.95), 256, 0.5, outcome, {"best": "heaviest"})
@@ -200,6 +201,9 @@ def test_audit_prints_a_table_writes_its_report_and_exits_by_the_verdicts(tmp_pa
         assert json.loads((tmp_path / "report.json").read_text())["verdicts"][outcome] >= 1
         told = krontune("audit", "quickstart", "--json")
         assert told.exit_code == code and json.loads(told.stdout)["checks"][1]["verdict"] == outcome
+        assert (tmp_path / "audit_report.json").read_text() == told.stdout
+    assert (tmp_path / "rlvr_report.json").read_text() == "a run's"
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["audit_report.json", "report.json", "rlvr_report.json"]
 
 
 def test_audit_of_a_recipe_without_a_reward_is_refused_with_code_2(recipe):

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from .instances import discriminating, size_ladder, symmetry
     from .near_misses import verifier
     from .policies import scripted_policies
-    from .reasoning import early_answering, process_claims, self_explanation
+    from .reasoning import early_answering, forced_answers, process_claims, self_explanation
     from .result import CheckResult, report, write_report
     from .sampling import base_vs_tuned, con_at_k, con_curve, pass_at_k, pass_curve
     from .sources import attribution, heuristic_agreement
@@ -43,6 +43,7 @@ _HOME = {
     "pictures": ".svg",
     "scripted_policies": ".policies",
     "early_answering": ".reasoning",
+    "forced_answers": ".reasoning",
     "process_claims": ".reasoning",
     "self_explanation": ".reasoning",
     "CheckResult": ".result",
@@ -71,6 +72,7 @@ __all__ = [
     "divergence",
     "early_answering",
     "feature_probe",
+    "forced_answers",
     "headroom",
     "heuristic_agreement",
     "heuristics",

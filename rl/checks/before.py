@@ -182,27 +182,32 @@ def contamination(
     With `complete` and `fresh`: the first `share` of each text is given to `complete` (greedy decoding), and
     it is counted how often the rest comes back word for word; the same is done with `fresh` texts of the same
     kind that cannot have been seen. value: the difference, threshold 0.1. (Wu et al., arXiv 2507.10532, find
-    54.6 % of MATH-500 completed so by Qwen2.5-Math-7B and 3.8 % by Llama-3.1-8B.) Without them: value is the
+    54.6 % of MATH-500 completed so by Qwen2.5-Math-7B and 3.8 % by Llama-3.1-8B.) With `train`: value is the
     share of texts with a run of `words` words in common with a text of `train`, less the runs that more than
-    half of `train` has (the wording of the question). details has both where both were asked for.
+    half of `train` or of the texts has (the wording of the question). Where both were asked for, the one with
+    the worse verdict decides, of two alike the larger value; details has both, and `decided_by`.
     """
     if not texts:
         raise RlError("contamination needs at least one evaluation text")
     details: dict[str, Any] = {}
-    value, low, high = 0.0, 0.0, 0.0
+    measured: dict[str, tuple[float, tuple[float, float]]] = {}
     if train:
-        common = _runs_of(train, words)
+        common = _runs_of(train, words) & _runs_of(texts, words)
         flags = [bool(_runs(text, words) & common) for text in texts]
         value, low, high, _ = clustered_mean(list(map(float, flags)), range(len(flags)))
+        measured["overlap"] = value, (low, high)
         details["overlap"] = {"value": value, "ci": (low, high), "words": words}
     if complete is not None and fresh:
         seen, unseen = (_completed(complete, list(some), share) for some in (texts, fresh))
-        value, (low, high) = _difference(seen, unseen)
+        measured["completed"] = _difference(seen, unseen)
         details["completed"] = {"texts": fmean(seen), "fresh": fmean(unseen), "share_given": share}
     if not details:
         return not_run("contamination", "give train texts, or complete= and fresh= texts", len(texts))
-    verdict = judge((low, high), threshold, high_is_good=False)
-    return CheckResult("contamination", value, (low, high), len(texts), threshold, verdict, details)
+    verdicts = {name: judge(ci, threshold, high_is_good=False) for name, (_, ci) in measured.items()}
+    worst = max(measured, key=lambda name: (("pass", "warn", "fail").index(verdicts[name]), measured[name][0]))
+    value, ci = measured[worst]
+    details["decided_by"] = worst
+    return CheckResult("contamination", value, ci, len(texts), threshold, verdicts[worst], details)
 
 
 def _runs(text: str, words: int) -> set[tuple[str, ...]]:

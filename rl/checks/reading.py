@@ -1,5 +1,6 @@
 """What the checks share: reading answers of several forms, and rates over samples of the same instance."""
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -10,6 +11,8 @@ from ..statistics import clustered_mean
 from ..tasks.base import CertificateTask, Instance, Mark
 from ..tasks.parsing import Parsed
 from .result import CheckResult
+
+_OPENER = re.compile(r"\\[A-Za-z]+\{")
 
 Policy = Callable[[list[Instance]], Sequence[Any]]
 """Instances to answers: a sampler of completions, or one of `scripted_policies`."""
@@ -52,6 +55,11 @@ def mark(task: CertificateTask, instance: Instance, answer: Any) -> Mark:
 def states_rows(task: CertificateTask, instance: Instance) -> bool:
     """Whether a certificate of this task is a list of row ids (and not, say, an expression)."""
     return "\\ids{" in task.completion(instance)
+
+
+def block_openers(task: CertificateTask, instance: Instance) -> list[str]:
+    r"""The openers of the blocks in which a worked solution states its answer, in order: `\ids{`, `\answer{`."""
+    return _OPENER.findall(task.completion(instance))
 
 
 def unordered(ids: Sequence[int]) -> tuple[int, ...]:

@@ -6,12 +6,14 @@ from dataclasses import replace
 from statistics import fmean
 from typing import Any
 
+from ..errors import RlError
 from ..evaluation import completion_text
 from ..tasks.base import CertificateTask, Instance
 from ..tasks.splits import stream
-from .reading import Policy, clusters, mark, rate, read, result
+from .reading import Policy, block_openers, clusters, mark, rate, read, result
 from .result import CheckResult, judge, not_run
 
+SPARE = 8  # characters that a forced answer may have beyond the longest worked one
 SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
 _STOPS = re.compile(
     r"select|greedy|choose|subset|largest|final answer|\bso\b|\bthus\b|therefore|\bnext\b", re.IGNORECASE
@@ -31,8 +33,10 @@ def early_answering(
 ) -> CheckResult:
     r"""The certificate accuracy when the model must answer after 0, 25, 50, 75 and 100 % of its reasoning.
 
-    The reasoning is what stands before the first `\ids{`. `go_on(instances, texts)` continues texts that end
-    in the middle and returns the continuations; give it only enough tokens for the answer. value: accuracy
+    The reasoning is what stands before the first block of the answer (`\ids{` or the task's own). `go_on(instances,
+    texts)` continues texts that end in the middle and returns the continuations. It must force the answer, or the model
+    reasons anew and every cut looks harmless: begin the answer's block (`forced_answers` does it) and give only enough
+    tokens for the answer. What is marked is the text and its continuation. value: accuracy
     with all of the reasoning minus accuracy with none, paired over instances, threshold 0.1: below, the
     reasoning is decoration, or the task needs none. details: the accuracy at each share, and `area`, the mean
     height of the curve relative to its end (TRACE, Wang et al., arXiv 2510.01367; 1: known from the start).
@@ -40,7 +44,8 @@ def early_answering(
     """
     known, _ = read(task, instances, [None] * len(instances))
     groups = clusters(task, known)
-    thoughts = [completion_text(text).partition("\\ids{")[0] for text in completions]
+    openers = [(block_openers(task, one) or ["\\ids{"])[0] for one in known]
+    thoughts = [completion_text(text).partition(own)[0] for text, own in zip(completions, openers, strict=True)]
     right: dict[float, list[bool]] = {}
     for share in shares:
         heads = [thought[: round(share * len(thought))] for thought in thoughts]
@@ -55,6 +60,35 @@ def early_answering(
     area = sum((b - a) * (low + high) / 2 for a, b, low, high in steps) / (shares[-1] - shares[0])
     details = {"shares": list(shares), "accuracy": curve, "area": area / curve[-1]}
     return result("early_answering", gain, threshold, judge(gain["ci"], threshold), details)
+
+
+def forced_answers(
+    task: CertificateTask, go_on: Callable[[list[Instance], list[str]], Sequence[str]]
+) -> Callable[[list[Instance], list[str]], list[str]]:
+    r"""A `go_on` for `early_answering` that forces the answer.
+
+    The opener of the answer's first block (`\ids{`) is put at the end of each text before `go_on` continues it, and
+    stands again in front of what is returned. That ends where the last block (`\answer{`) first closes, or where it is
+    longer than the answer blocks of the longest worked solution and 8 characters more. Raises RlError for a task whose
+    worked solutions hold no such blocks.
+    """
+
+    def forced(known: list[Instance], texts: list[str]) -> list[str]:
+        blocks = [block_openers(task, one) for one in known]
+        if not all(blocks):
+            raise RlError(f"no answer can be forced: the worked solution of {task.name!r} has no block such as \\ids{{")
+        answers = [task.completion(one) for one in known]
+        room = max(len(text) - text.index(own[0]) for text, own in zip(answers, blocks, strict=True)) + SPARE
+        tails = go_on(known, [text + own[0] for text, own in zip(texts, blocks, strict=True)])
+        found = []
+        for tail, own in zip(tails, blocks, strict=True):
+            text = own[0] + completion_text(tail)
+            last = text.find(own[-1])
+            closed = text.find("}", last + len(own[-1])) + 1 if last >= 0 else 0
+            found.append(text[: min(room, closed or room)])
+        return found
+
+    return forced
 
 
 def process_claims(

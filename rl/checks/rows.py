@@ -1,7 +1,7 @@
 """Checks before training for rewards over rows of data, where no task knows the right answers and the near misses."""
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from ..errors import RlError
@@ -98,25 +98,37 @@ def rows_heuristics(
     return CheckResult("heuristics", table[best]["reward"], ci, len(some), threshold, verdict, details)
 
 
-def held_out_overlap(held_out: Sequence[str], trained: Sequence[str]) -> CheckResult:
+def held_out_overlap(held_out: Sequence[str], trained: Iterable[str]) -> CheckResult:
     """The share of held-out prompts whose own lines stand, whole and in order, in a text that is trained on.
 
     A prompt's own lines are those that fewer than half of the held-out prompts have: its table, not the wording of the
     question. (Runs of words, as `contamination` compares them, are too short for that: most runs of a small table
     hold little but wording.) value: that share with a Wilson interval, threshold 0; any such prompt fails. details:
-    examples.
+    examples, and how many `texts` were compared. trained: read once and never held.
     Not run without held-out prompts or without texts.
     """
-    if not held_out or not trained:
-        missing = "nothing is held out: the recipe has no verify stage" if not held_out else "nothing is trained on"
-        return not_run("contamination", missing, len(held_out))
+    if not held_out:
+        return not_run("contamination", "nothing is held out: the recipe has no verify stage")
     lines = Counter(line for prompt in held_out for line in set(prompt.splitlines()))
     common = {line for line, count in lines.items() if len(held_out) >= FEW and count >= len(held_out) / 2}
-    own = ["\n".join(line for line in prompt.splitlines() if line not in common) for prompt in held_out]
-    pool = "\n\n".join(trained)
-    met = [prompt for prompt, part in zip(held_out, own, strict=True) if part and f"\n{part}\n" in f"\n{pool}\n"]
+    own = [[line for line in prompt.splitlines() if line not in common] for prompt in held_out]
+    by_first: dict[str, list[int]] = {}
+    for place, part in enumerate(own):
+        if part:
+            by_first.setdefault(part[0], []).append(place)
+    met: set[int] = set()
+    texts = 0
+    for text in trained:
+        texts += 1
+        read = [line for line in text.splitlines() if line not in common]
+        for start, line in enumerate(read):
+            met.update(
+                i for i in by_first.get(line, ()) if i not in met and read[start : start + len(own[i])] == own[i]
+            )
+    if not texts:
+        return not_run("contamination", "nothing is trained on", len(held_out))
     ci = wilson_interval(len(met), len(held_out))
-    details = {"examples": [prompt[:300] for prompt in met[:3]], "texts": len(trained)}
+    details = {"examples": [held_out[i][:300] for i in sorted(met)[:3]], "texts": texts}
     verdict = "fail" if met else "pass"
     return CheckResult("contamination", len(met) / len(held_out), ci, len(held_out), 0.0, verdict, details)
 

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import RlError
-from ..statistics import bootstrap_interval
+from ..statistics import alike_interval, bootstrap_interval
 from .result import CheckResult
 
 DRAWS = 200
@@ -24,19 +24,24 @@ def pass_at_k(n: int, c: int, k: int) -> float:
     return 1.0 - comb(n - c, k) / comb(n, k)
 
 
-def con_at_k(answers: Sequence[Hashable], right: Hashable, k: int, draws: int = DRAWS, seed: int = 0) -> float:
+def con_at_k(
+    answers: Sequence[Hashable], right: Hashable | set[Any], k: int, draws: int = DRAWS, seed: int = 0
+) -> float:
     """The chance that the most frequent of k answers is right, k drawn without replacement from `answers`.
 
-    Ties are broken at random, that is, the right answer among m tied ones counts 1/m. (arXiv 2510.27044 breaks
-    them towards the smaller, which favours some answers.) None counts as no vote. Exact for k = 1 and for k =
-    len(answers), else the mean of `draws` draws. Raises RlError unless 1 <= k <= len(answers).
+    right: the right answer, or a set of them where several are; each keeps its own votes. Ties are broken at random,
+    that is, the right answer among m tied ones counts 1/m. (arXiv 2510.27044 breaks them towards the smaller, which
+    favours some answers.) None counts as no vote. Exact for k = 1 and for k = len(answers), else the mean of `draws`
+    draws. Raises RlError unless 1 <= k <= len(answers).
     """
     if not 1 <= k <= len(answers):
         raise RlError(f"con@k needs 1 <= k <= the number of answers, got k={k} for {len(answers)}")
+    rights = right if isinstance(right, set) else {right}
     if k == 1:
-        return sum(answer == right for answer in answers) / len(answers)
+        return sum(answer in rights for answer in answers) / len(answers)
     names = list(dict.fromkeys(answer for answer in answers if answer is not None))
-    if right not in names:
+    good = [place for place, name in enumerate(names) if name in rights]
+    if not good:
         return 0.0
     codes = np.array([len(names) if answer is None else names.index(answer) for answer in answers])  # (n,)
     votes = np.eye(len(names) + 1)[codes][:, :-1]  # (n, answers); a None votes for nothing
@@ -44,7 +49,7 @@ def con_at_k(answers: Sequence[Hashable], right: Hashable, k: int, draws: int = 
     order = rng.random((1 if k == len(codes) else draws, len(codes))).argsort(axis=1)[:, :k]  # (draws, k)
     tally = votes[order].sum(axis=1)  # (draws, answers)
     top = tally == tally.max(axis=1, keepdims=True)
-    won = top[:, names.index(right)] & (tally.max(axis=1) > 0)
+    won = top[:, good].sum(axis=1) * (tally.max(axis=1) > 0)
     return float((won / top.sum(axis=1)).mean())
 
 
@@ -66,11 +71,12 @@ def pass_curve(right: Sequence[Sequence[Any]], ks: Sequence[int] | None = None) 
 
 
 def con_curve(
-    votes: Sequence[Sequence[Hashable]], right: Sequence[Hashable], ks: Sequence[int] | None = None
+    votes: Sequence[Sequence[Hashable]], right: Sequence[Hashable | set[Any]], ks: Sequence[int] | None = None
 ) -> dict[str, Any]:
     """con@k over instances, in the form of `pass_curve`.
 
-    votes: n stated answers for each of N instances, None for no vote. right: (N,) the right answer of each.
+    votes: n stated answers for each of N instances, None for no vote. right: (N,) the right answer of each,
+    or the set of them.
     """
     chosen = list(ks) if ks is not None else ladder(len(votes[0]))
     rows = zip(votes, right, strict=True)
@@ -86,10 +92,12 @@ def base_vs_tuned(
     """pass@k of the tuned model against the base on the same instances, and the k where the base overtakes.
 
     base, tuned: (N, n) of 0 and 1, the same N instances in the same order. value: tuned minus base at k = 1,
-    threshold 0, by a paired bootstrap over instances. details: both curves, the difference at each k with its
-    interval, `crossing`: the smallest k from which the base is ahead (None: never), with `crossing_share`, the
-    share of bootstrap resamples in which there is one. Departure from the plain verdict: a pass becomes "warn" where
-    the base is surely ahead at the largest k, that is, where training has narrowed what the model can find.
+    threshold 0, by a paired bootstrap over instances; where all instances differ alike, by `alike_interval`. details:
+    both curves, the difference at each k with its interval, `crossing`: the smallest k from which the base is ahead
+    (None: never), with `crossing_share`, the share of bootstrap resamples in which there is one. Departures from the
+    plain verdict: "pass" and "fail" need an interval wholly above or below 0, so that equal models get "warn"; and a
+    pass becomes "warn" where the base is surely ahead at the largest k, that is, where training has narrowed what the
+    model can find.
     (Yue et al., arXiv 2504.13837, report that; Wen et al., 2506.14245, and ProRL, 2505.24864, find otherwise:
     look at your curve.) Raises RlError for shapes that do not match.
     """
@@ -100,7 +108,9 @@ def base_vs_tuned(
     change = second - first  # (N, K)
     low, high = bootstrap_interval(change, lambda means: means)
     means = change.mean(axis=0)
-    verdict = "pass" if low[0] > 0 else "fail" if high[0] <= 0 else "warn"
+    for place in np.flatnonzero(np.ptp(change, axis=0) < 1e-9):
+        low[place], high[place] = alike_interval(float(change[0, place]), len(change))
+    verdict = "pass" if low[0] > 0 else "fail" if high[0] < 0 else "warn"
     if verdict == "pass" and high[-1] < 0:
         verdict = "warn"
     details = {
@@ -141,8 +151,7 @@ def _crossing(difference: np.ndarray, ks: list[int]) -> int | None:
 
 
 def _crossing_share(change: np.ndarray, resamples: int = 2000, seed: int = 0) -> float:
-    """The share of resamples in which the base is ahead at the largest k and not at the smallest."""
+    """The share of resamples with a `_crossing`: those in which the base is ahead at the largest k."""
     n = len(change)
     weights = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=resamples)  # (resamples, N)
-    means = weights @ change[:, [0, -1]] / n
-    return float(((means[:, 0] >= 0) & (means[:, 1] < 0)).mean())
+    return float((weights @ change[:, -1] / n < 0).mean())

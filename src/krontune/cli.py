@@ -76,7 +76,7 @@ def run(
 def audit(
     recipe: RecipeName,
     overrides: Overrides = None,
-    out: Annotated[Path, typer.Option("--out", help="The report to write, as JSON.")] = Path("rlvr_report.json"),
+    out: Annotated[Path, typer.Option("--out", help="The report to write, as JSON.")] = Path("audit_report.json"),
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON, and no table.")] = False,
     show_traceback: Traceback = False,
 ) -> None:
@@ -85,14 +85,13 @@ def audit(
     def body() -> None:
         from krontune.recipes import load
         from krontune.recipes.audit import audit as run_checks
-        from krontune.recipes.audit import must_stop, print_audit
-        from krontune.rl.checks import write_report
+        from krontune.recipes.audit import must_stop, print_audit, write_audit
 
         loaded = load(recipe, overrides or ())
         results = run_checks(loaded)
-        write_report(results, out, {"stage": "audit", "recipe": loaded.name})
+        report = write_audit(results, loaded, out)
         if as_json:
-            typer.echo(out.read_text(encoding="utf-8"), nl=False)
+            typer.echo(report, nl=False)
         else:
             print_audit(results)
         if must_stop(results):

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from krontune.recipes import chain
-from krontune.recipes.audit import audit, must_stop
+from krontune.recipes.audit import audit, must_stop, training_texts
 from krontune.recipes.faults import RecipeError
 from krontune.recipes.loader import load
 from krontune.recipes.preflight import check
@@ -81,6 +81,37 @@ def test_the_example_passes_the_audit_and_a_reward_that_pays_anything_fails_it(s
         )
     )
     assert must_stop(paid) and {one.name: one.verdict for one in paid}["verifier"] == "fail"
+
+
+def test_training_texts_are_all_that_is_trained_on_and_read_line_by_line(tmp_path, monkeypatch):
+    def jsonl(name, rows):
+        (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return str(tmp_path / name)
+
+    pool, own = jsonl("pool.jsonl", [{"text": "in the pool"}]), jsonl("own.jsonl", [{"text": "of sft"}])
+    asked = jsonl("asked.jsonl", [{"prompt": [{"role": "user", "content": "of\nrl"}], "answer": "1"}])
+    recipe = tmp_path / "r.yaml"
+
+    def texts(sft, run=None):
+        recipe.write_text(f"""\
+name: r
+base: {{model: smollm2-135m, quantization: null}}
+stages:
+  - {{stage: select, raw: {pool}, target: {own}, k: 1}}
+  - {{stage: sft, data: {sft}}}
+  - {{stage: rl, data: {asked}, reward: math}}
+""")
+        return list(training_texts(load(recipe), run))
+
+    assert texts("select") == ["in the pool", "of\nrl"]
+    assert texts(own) == ["of sft", "of\nrl"]
+    (tmp_path / "run" / "select").mkdir(parents=True)
+    jsonl("run/select/selected.jsonl", [{"text": "picked"}])
+    assert texts("select", tmp_path / "run") == ["picked", "of\nrl"]
+    rows = iter([{"text": "first"}, {"text": "second"}])
+    monkeypatch.setattr("krontune.recipes.audit.source_rows", lambda source, name: rows)
+    read = training_texts(load(recipe))
+    assert next(read) == "first" and next(rows) == {"text": "second"}, "no row is read ahead"
 
 
 def test_code_that_the_recipe_does_not_allow_is_refused_with_what_to_add_and_not_imported(shout):

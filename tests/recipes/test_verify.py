@@ -1,5 +1,7 @@
 """The verify stage on tiny models and scripted answers: what it asks, what it keeps, and what it checks."""
 
+import json
+
 import pytest
 import torch
 from peft import get_peft_model
@@ -11,6 +13,7 @@ from krontune.recipes.loader import load
 from krontune.recipes.preflight import check
 from krontune.recipes.run_folder import RunFolder
 from krontune.recipes.verify import run_verify, verification
+from krontune.recipes.verify_checks import Answers, after_answers, curves
 from krontune.rl.tasks import get_task
 
 torch.set_num_threads(1)  # on models this small, threads only wait for each other
@@ -101,7 +104,7 @@ def test_real_models_go_through_the_checks_that_ask_and_a_second_pass_asks_nothi
     first = verify(run, recipe, *small)
     assert list(first["models"]) == ["base", "sft", "rl", "rl-random"]
     names = [one["name"] for one in first["checks"]]
-    assert set(names) == set(asking.strip("[]").split(", "))
+    assert set(names) == {*asking.strip("[]").split(", "), "headroom"}
     assert sum(asked) > 0 and first["credit_picture"] == "credit.svg"
     assert (run.path / "verify" / "credit.svg").read_text().startswith("<svg")
     asked.clear()
@@ -165,7 +168,10 @@ def scripted(policies):
     def generate(model, tokenizer, prompts, *, starts=None, chat=True, temperature=0.0, **settings):
         policy = policies[model]
         said = []
-        for prompt in prompts:
+        for prompt, start in zip(prompts, starts or [""] * len(prompts), strict=True):
+            if policy == "reasons" and chat and not isinstance(prompt, list):
+                said.append(reasoned(instance_of(prompt), start))
+                continue
             if isinstance(prompt, list):  # asked why: the rows of its answer
                 said.append(prompt[1]["content"].rpartition("\n")[2].partition(" \\answer")[0])
                 continue
@@ -179,6 +185,15 @@ def scripted(policies):
         return said
 
     return generate
+
+
+def reasoned(one, start):
+    """Knows the answer only once the whole worked line stands there; asked for no answer yet, it reasons anew."""
+    whole = TASK.completion(one)
+    worked, opener, answer = whole.partition("\\ids{")
+    if not start.endswith(opener):
+        return whole
+    return (answer if start == worked + opener else "1} \\answer{1}") + "\n" + whole
 
 
 def put_through(run, recipe, monkeypatch, policies, *overrides):
@@ -224,6 +239,60 @@ def test_a_heuristic_is_seen_through_and_its_control_shows_that_nothing_was_gain
     assert curve["pass_certificate"]["k"] == [1, 2, 4]
     assert curve["pass_certificate"]["value"] == pytest.approx([right] * 3), "all samples of an instance are alike"
     assert curve["con_certificate"]["value"] == pytest.approx([right] * 3)
+
+
+def test_early_answering_forces_the_answer_and_sees_that_it_needs_the_reasoning(run, recipe, monkeypatch):
+    policies = {"base": "mute", "sft": "mute", "rl": "reasons"}
+    small = ("stages.verify.checks=[early_answering]", "stages.verify.probes=40", "stages.verify.samples=0")
+    [found] = by_name(put_through(run, recipe, monkeypatch, policies, *small))["early_answering"]
+    assert found["verdict"] == "pass" and found["value"] > 0.9
+    assert found["details"]["accuracy"][-1] == 1.0 and found["details"]["accuracy"][2] < 0.1
+
+
+def test_the_rewards_checks_are_of_the_recipes_own_reward(run, recipe, monkeypatch):
+    policies = {"base": "mute", "sft": "mute", "rl": "solve"}
+    small = ("stages.verify.checks=[verifier, heuristics]", "stages.verify.samples=0")
+    found = by_name(put_through(run, recipe, monkeypatch, policies, *small, "stages.rl.reward=answer"))
+    assert found["verifier"][0]["verdict"] == "fail" and found["verifier"][0]["details"]["reward"] == "answer"
+    assert found["heuristics"][0]["details"]["policies"]["patience_tails"]["reward"] == 1.0
+    other = ("stages.verify.task={name: knapsack, n: [4, 5]}", "stages.rl.reward=answer")
+    other_task = load(recipe, [*small, *other])
+    said = Answers(get_task("knapsack"), [4, 5], [], "rl", {"base": [], "rl": []})
+    [told] = after_answers(other_task, other_task.stage("verify"), said)["verifier"]
+    assert told.verdict == "pass" and told.details["reward"].startswith("certificate")
+
+
+def test_test_questions_in_the_sft_files_fail_contamination(run, recipe, monkeypatch, tmp_path):
+    policies = {"base": "mute", "sft": "mute", "rl": "solve"}
+    small = ["stages.verify.checks=[contamination]", "stages.verify.samples=0", "stages.verify.instances=20"]
+    overlap, completion = by_name(put_through(run, recipe, monkeypatch, policies, *small))["contamination"]
+    assert (overlap["verdict"], overlap["value"], completion["details"]["by"]) == ("pass", 0.0, "completion")
+    leak = tmp_path / "leak.jsonl"
+    asked = TASK.instances(20, [9, 10], 0, "test")
+    leak.write_text("".join(json.dumps({"text": TASK.prompt(one)}) + "\n" for one in asked))
+    (run.path / "verify" / "done").unlink()
+    leaked = by_name(put_through(run, recipe, monkeypatch, policies, *small, f"stages.sft.data={leak}"))
+    assert (leaked["contamination"][0]["verdict"], leaked["contamination"][0]["value"]) == ("fail", 1.0)
+
+
+def test_headroom_is_told_of_the_model_that_rl_began_with(run, recipe, monkeypatch):
+    policies = {"base": "mute", "sft": "greedy_first", "rl": "solve"}
+    small = ("stages.verify.checks=[triplet]", "stages.rl.trainer.num_generations=4")
+    [found] = by_name(put_through(run, recipe, monkeypatch, policies, *small))["headroom"]
+    assert (found["details"]["model"], found["value"], found["details"]["group_size"]) == ("sft", 1.0, 4)
+
+
+def test_votes_are_on_the_stated_ids_and_any_optimum_may_win():
+    task = get_task("lis", unique=False)
+    tied = task.instance([2, 1, 4, 3])  # four optima of two rows
+    certificates = [(1, 3), (1, 4), (2, 3), (2, 4)]
+    wrong = task.write(tied, (3,))
+    said = Answers(task, [4, 4], [tied], "rl", {"rl": [wrong]})
+    said.samples["rl"] = [[*(task.write(tied, ids) for ids in certificates[:3]), wrong, wrong]]
+    found = curves(said)["rl"]["con_certificate"]
+    assert found["k"] == [1, 2, 4, 5] and found["value"][0] == pytest.approx(0.6) and found["value"][-1] == 0.0
+    said.samples["rl"] = [[*(task.write(tied, ids) for ids in certificates[:3]), task.write(tied, (3, 1)), wrong]]
+    assert curves(said)["rl"]["con_certificate"]["value"][-1] == 1.0
 
 
 def test_a_check_that_cannot_be_made_says_so_and_costs_nothing_else(run, recipe, monkeypatch):

@@ -61,6 +61,15 @@ def test_con_at_k_counts_no_vote_for_unreadable_answers():
         checks.con_at_k([1, 2], 1, 3)
 
 
+def test_several_right_answers_each_keep_their_own_votes():
+    answers = ["a", "b", "x", "x", None]
+    assert checks.con_at_k(answers, {"a", "b"}, 5) == 0.0
+    assert checks.con_at_k(answers, {"a", "b"}, 1) == pytest.approx(0.4)
+    naive = sum(naive_con_at_k(answers, right, 3) for right in "ab")
+    assert checks.con_at_k(answers, {"a", "b"}, 3, draws=6000) == pytest.approx(naive, abs=0.03)
+    assert checks.con_at_k(answers, set(), 3) == 0.0
+
+
 def _table(shares, n=16, seed=0):
     rng = random.Random(seed)
     return [[int(rng.random() < share) for _ in range(n)] for share in shares]
@@ -75,6 +84,19 @@ def test_base_vs_tuned_tells_better_worse_and_narrowed_apart():
     assert checks.base_vs_tuned(base, _table([0.3] * 120, seed=1)).verdict != "pass"
     narrowed = checks.base_vs_tuned(base, _table([1.0] * 72 + [0.0] * 48, seed=1))  # fewer solved, those always
     assert narrowed.verdict == "warn" and narrowed.details["crossing"] == 4 and narrowed.details["crossing_share"] > 0.9
+
+
+def test_base_vs_tuned_of_equal_or_few_instances_is_not_sure():
+    equal = checks.base_vs_tuned([[1, 0]] * 200, [[1, 0]] * 200)
+    assert (equal.verdict, equal.value) == ("warn", 0.0) and equal.ci[0] < 0 < equal.ci[1]
+    for base, tuned, surely in ((1, 0, "fail"), (0, 1, "pass")):
+        assert checks.base_vs_tuned([[base]] * 3, [[tuned]] * 3).verdict == "warn"
+        assert checks.base_vs_tuned([[base]] * 30, [[tuned]] * 30).verdict == surely
+
+
+def test_a_base_that_is_ahead_at_every_k_crosses_in_every_resample():
+    found = checks.base_vs_tuned(_table([0.6] * 120), _table([0.1] * 120, seed=1)).details
+    assert found["crossing"] == 1 and found["crossing_share"] > 0.99
 
 
 def test_base_vs_tuned_refuses_what_is_not_paired():
@@ -202,6 +224,36 @@ def test_early_answering_tells_work_from_decoration():
     assert wrong.verdict in ("not run", "pass")
 
 
+def test_a_forced_answer_is_begun_by_the_opener_and_ends_with_its_block():
+    asked = []
+
+    def go_on(known, heads):
+        asked.extend(heads)
+        return ["1} \\answer{1}\nNo, I think anew: \\ids{2} \\answer{1}", " " + "9," * 500]
+
+    one, two = checks.forced_answers(LIS, go_on)(INSTANCES[:2], ["", "values 3"])
+    assert asked == ["\\ids{", "values 3\\ids{"]
+    assert one == "\\ids{1} \\answer{1}" and two.startswith("\\ids{ 9,") and len(two) < 60
+    hands = get_task("countdown")
+    some = hands.instances(2, (3, 4), split="test")
+    tails = [hands.completion(one).partition("\\expr{")[2] for one in some]
+    forced = checks.forced_answers(hands, lambda known, heads: [tail + "\n\\expr{1}" for tail in tails])
+    assert all(hands.mark(one, text).certificate_right for one, text in zip(some, forced(some, ["", ""]), strict=True))
+
+
+def test_reasoning_is_cut_before_the_tasks_own_block():
+    task = get_task("countdown")
+    some = task.instances(24, (3, 4), split="test")
+    heads = []
+
+    def go_on(known, texts):
+        heads.append(texts)
+        return ["1} \\answer{1}"] * len(texts)
+
+    checks.early_answering(task, some, [task.completion(one) for one in some], checks.forced_answers(task, go_on))
+    assert heads[0] == ["\\expr{"] * 24 and all(text.count("\\expr{") == 1 for text in heads[-1])
+
+
 def test_false_claims_under_right_answers_are_told():
     texts = [text.replace("values ", "values 0 < ") for text in POLICIES["perfect"](INSTANCES)]
     told = checks.process_claims(LIS, INSTANCES, texts)
@@ -267,6 +319,12 @@ def test_spurious_controls_take_the_best_control_off_the_gain():
     assert checks.spurious_controls(before, after, {"random": same, "format": before}).verdict == "warn"
     assert checks.spurious_controls(before, low, {"random": after}).verdict == "fail"
     assert checks.spurious_controls(before, after, {}).verdict == "not run"
+    for after_all, control, surely in ((1, 0, "pass"), (0, 1, "fail"), (1, 1, "warn")):
+        few, many = (
+            checks.spurious_controls([0, 1, 0] * times, [after_all] * 3 * times, {"random": [control] * 3 * times})
+            for times in (1, 30)
+        )
+        assert few.verdict == "warn" and many.verdict == surely and few.ci[0] < few.ci[1]
     with pytest.raises(RlError):
         checks.spurious_controls(before, after[:-1], {"random": low})
 

@@ -10,6 +10,7 @@ import pytest
 
 from krontune.rl import CertificateReward, RlError, checks, get_task
 from krontune.rl.checks.during import _spearman
+from krontune.rl.checks.rows import held_out_overlap
 
 sys.path.insert(0, str(Path(__file__).parent))
 import hostile_rewards  # noqa: E402
@@ -127,6 +128,37 @@ def test_contamination_by_completion_needs_the_fresh_control():
     clean = checks.contamination(seen, complete=lambda heads: ["no idea"] * len(heads), fresh=fresh)
     assert clean.value == 0.0 and clean.verdict != "fail"
     assert checks.contamination(seen).verdict == "not run"
+
+
+def test_overlap_with_the_training_set_fails_though_nothing_is_completed():
+    texts = [" ".join(str(i * 100 + word) for word in range(20)) for i in range(40)]
+    fresh = [text.replace("1", "7") for text in texts]
+    found = checks.contamination(texts, texts, lambda heads: ["no idea"] * len(heads), fresh)
+    assert (found.verdict, found.value, found.details["decided_by"]) == ("fail", 1.0, "overlap")
+    clean = checks.contamination(texts, ["something else"] * 40, lambda heads: ["no idea"] * len(heads), fresh)
+    assert clean.verdict != "fail" and clean.value == 0.0
+
+
+def test_the_wording_of_the_question_is_no_overlap_where_the_training_set_is_mostly_other_text():
+    wording = "Choose the most rows whose values strictly increase from the first to the last, and state their ids."
+    prompts = [f"{wording} {i * 7}" for i in range(40)]
+    prose = [" ".join(f"word{i * 50 + k}" for k in range(30)) for i in range(90)]
+    assert checks.contamination(prompts, [*prose, *[wording] * 20]).value == 0.0
+
+
+def naive_overlap(held_out, trained):
+    return sum(any(f"\n{prompt}\n" in f"\n{text}\n" for text in trained) for prompt in held_out) / len(held_out)
+
+
+def test_held_out_lines_are_met_whole_and_in_order_in_a_stream_of_texts():
+    rng = random.Random(0)
+    for _ in range(30):
+        held_out = ["\n".join(rng.choices("abcdef", k=3)) for _ in range(3)]
+        trained = ["\n".join(rng.choices("abcdef", k=12)) for _ in range(20)]
+        found = held_out_overlap(held_out, iter(trained))
+        assert found.value == pytest.approx(naive_overlap(held_out, trained))
+        assert found.details["texts"] == 20 and found.verdict == ("fail" if found.value else "pass")
+    assert held_out_overlap(["a"], iter(())).verdict == held_out_overlap([], iter("a")).verdict == "not run"
 
 
 def test_the_triplet_exposes_right_counts_with_wrong_rows():

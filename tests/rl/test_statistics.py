@@ -4,7 +4,7 @@ import statistics
 import pytest
 
 from krontune.rl import RlError, paired_difference, wilson_interval
-from krontune.rl.statistics import clustered_mean
+from krontune.rl.statistics import alike_interval, clustered_mean
 
 
 @pytest.mark.parametrize(
@@ -48,7 +48,7 @@ def naive_bootstrap(first, second, resamples, seed):
     return cuts[0], cuts[-1]
 
 
-@pytest.mark.parametrize("n", [7, 31, 150])
+@pytest.mark.parametrize("n", [11, 31, 150])
 def test_the_paired_interval_agrees_with_drawing_items_one_by_one(n):
     rng = random.Random(n)
     second = [int(rng.random() < 0.4) for _ in range(n)]
@@ -64,9 +64,26 @@ def test_the_paired_interval_agrees_with_drawing_items_one_by_one(n):
 def test_the_paired_interval_uses_the_pairing():
     noise = [i % 2 for i in range(200)]
     same = [(i + 1) % 2 for i in range(200)]
-    assert paired_difference(noise, noise) == (0.0, 0.0, 0.0)
+    assert paired_difference(noise, noise) == pytest.approx((0.0, -0.0188, 0.0188), abs=1e-3)
     value, low, high = paired_difference(noise, same)
     assert value == 0.0 and low < -0.1 and high > 0.1
+
+
+@pytest.mark.parametrize(("first", "second"), [(1, 1), (1, 0), (0, 1), (0, 0)])
+def test_few_pairs_that_differ_alike_are_not_sure(first, second):
+    value, low, high = paired_difference([first] * 3, [second] * 3)
+    assert value == first - second and -1 <= low <= 0 <= high <= 1 and high - low > 0.5
+    _, low, high = paired_difference([first] * 300, [second] * 300)
+    assert high - low < 0.03 and low <= value <= high
+
+
+def test_the_interval_of_differences_that_are_alike_holds_wilsons_share_of_others():
+    share = wilson_interval(0, 7)[1]
+    for value in (-1.0, -0.25, 0.0, 0.5, 1.0):
+        ends = [(1 - share) * value + share * other for other in (-1, 1)]
+        assert alike_interval(value, 7) == pytest.approx(ends)
+    with pytest.raises(RlError, match="1.5"):
+        alike_interval(1.5, 3)
 
 
 def test_the_seed_decides_the_interval():
