@@ -31,14 +31,15 @@ def picked_rows(picked: Selection, pool: TextSource | None = None) -> Iterator[d
     chosen = np.zeros(picked.pool_size, bool)
     chosen[picked.indices] = True
     rows = 0
-    for rows, row in enumerate(_all_rows(checked_source(pool, "pool")), start=1):
+    for rows, row in enumerate(pool_rows(checked_source(pool, "pool")), start=1):
         if rows <= picked.pool_size and chosen[rows - 1]:
             yield dict(row) if not isinstance(row, str) else {"text": row}
     if rows != picked.pool_size:
         raise DataSelectionError(f"the pool had {picked.pool_size} rows and has {rows}; pass the one that was scored")
 
 
-def _all_rows(pool: Any) -> Iterator[Any]:
+def pool_rows(pool: Any) -> Iterator[Any]:
+    """The rows of a pool as they are, strings among them."""
     paths = file_paths(pool)
     for path in paths:
         for row, _ in read_rows(path, "pool"):

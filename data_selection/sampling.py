@@ -6,6 +6,7 @@ Nothing here holds the whole pool: of each shard only the rows that can still be
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -30,10 +31,6 @@ class ShardScores:
     sources: list[str] | None  # (N,) or None; "" for a row without one
     file: str = ""  # short name of the file; "" in memory
     path: str = ""  # of the file, as the caller gave it; "" in memory
-
-    def origin(self, row: int) -> str:
-        """The source of a row; of one without, the path of its file."""
-        return (self.sources[row] if self.sources is not None else "") or self.path
 
 
 @dataclass(frozen=True)
@@ -172,8 +169,17 @@ def _capped(shard: ShardScores, allowed: Ints, caps: Mapping[str, int]) -> Ints:
         return np.full(len(allowed), -1)
     numbers = {source: number for number, source in enumerate(caps)}
     if shard.sources is None:
-        return np.full(len(allowed), numbers.get(shard.path, -1))
-    return np.array([numbers.get(shard.origin(row), -1) for row in allowed.tolist()], np.int64)
+        return np.full(len(allowed), numbers.get(cap_name(shard.path, caps), -1))
+    file = cap_name(shard.path, caps)
+    return np.array([numbers.get(shard.sources[row] or file, -1) for row in allowed.tolist()], np.int64)
+
+
+def cap_name(path: str, caps: Mapping[str, Any]) -> str:
+    """What a file goes by among the caps: its path as it was given, or another spelling of it, "a.jsonl" of
+    "./a.jsonl" and the other way round."""
+    if path in caps or not path:
+        return path
+    return next((name for name in caps if Path(name) == Path(path)), path)
 
 
 def _best(parts: list[Candidates], rules: Rules, part: int) -> Candidates:

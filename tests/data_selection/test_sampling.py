@@ -1,6 +1,7 @@
 """Picks for several targets, budgets, caps, limits and copies, against slow twins."""
 
 import random
+from pathlib import Path
 
 import datasets
 import numpy as np
@@ -240,6 +241,17 @@ def test_sources_are_capped():
             dsir.select(pool, k=45, source_caps={"web": 1})
         with pytest.raises(DataSelectionError, match=r"no row has the source \['wbe'\]; there are \['book', 'web'\]"):
             dsir.select(pool, k=5, source_caps={"wbe": 1})
+
+
+def test_a_cap_on_a_file_holds_however_its_path_is_spelled(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name, texts in (("red", RED), ("grey", GREY)):
+        Path(f"{name}.txt").write_text("\n".join(texts) + "\n")
+    for red in ("red.txt", "./red.txt", Path("red.txt")):
+        pool = [red, "grey.txt"]
+        dsir = Dsir().fit(target=["ruby1 crimson"], raw=pool)
+        for cap in ("red.txt", "./red.txt"):
+            assert (dsir.select(pool, k=8, method="topk", source_caps={cap: 2}).indices < 12).sum() == 2, (red, cap)
 
 
 def test_a_sample_of_the_pool_is_drawn_from_all_of_it_by_seed():
