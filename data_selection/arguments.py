@@ -4,7 +4,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from numbers import Real
 from typing import Any, TypeGuard
 
-from .sampling import Rules, ShardScores
+from .sampling import Rules, ShardScores, cap_name
 from .selection import MAX_SEED, checked_int
 from .texts import DataSelectionError, TextSource, is_dataset_dict
 
@@ -83,7 +83,7 @@ def check_sources(shards: Iterable[ShardScores], caps: Mapping[str, int]) -> Non
     for shard in shards:
         seen.update(shard.sources or [""])
         if "" in seen:
-            seen = seen - {""} | ({shard.path} if shard.path else set())
+            seen = seen - {""} | ({cap_name(shard.path, caps)} if shard.path else set())
     unknown = sorted(set(caps) - seen)
     if unknown:
         raise DataSelectionError(f"source_caps: no row has the source {unknown}; there are {sorted(seen)[:20]}")

@@ -7,7 +7,7 @@ import math
 import os
 import zlib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from numbers import Real
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -264,7 +264,7 @@ class Dsir:
         shards = self.scores(raw, num_proc, out_dir)
         shards = list(shards) if out_dir is None else shards
         size = sum(len(shard.tokens) for shard in shards)
-        rules = rules_of(size, shares, self.noise_scale, **given)
+        rules = replace(rules_of(size, shares, self.noise_scale, **given), names=fit.targets)
         if rules.caps:
             check_sources(shards if out_dir is None else self.scores(raw, num_proc, out_dir), rules.caps)
         picks = pick(shards if out_dir is None else self.scores(raw, num_proc, out_dir), rules)

@@ -3,9 +3,10 @@
 import json
 from collections.abc import Iterator
 from importlib.metadata import version
+from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from .dsir import Dsir
 
 DATA, CARD = "data/train.parquet", "README.md"
+GROUP_ROWS = 10_000  # rows of a parquet file that are held at a time
 
 
 def picked_rows(picked: Selection, pool: TextSource | None = None) -> Iterator[dict[str, Any]]:
@@ -29,14 +31,15 @@ def picked_rows(picked: Selection, pool: TextSource | None = None) -> Iterator[d
     chosen = np.zeros(picked.pool_size, bool)
     chosen[picked.indices] = True
     rows = 0
-    for rows, row in enumerate(_all_rows(checked_source(pool, "pool")), start=1):
+    for rows, row in enumerate(pool_rows(checked_source(pool, "pool")), start=1):
         if rows <= picked.pool_size and chosen[rows - 1]:
             yield dict(row) if not isinstance(row, str) else {"text": row}
     if rows != picked.pool_size:
         raise DataSelectionError(f"the pool had {picked.pool_size} rows and has {rows}; pass the one that was scored")
 
 
-def _all_rows(pool: Any) -> Iterator[Any]:
+def pool_rows(pool: Any) -> Iterator[Any]:
+    """The rows of a pool as they are, strings among them."""
     paths = file_paths(pool)
     for path in paths:
         for row, _ in read_rows(path, "pool"):
@@ -46,8 +49,8 @@ def _all_rows(pool: Any) -> Iterator[Any]:
 
 
 def write_picked(picked: Selection, path: Path, pool: TextSource | None = None) -> None:
-    """As `Selection.write`. Of types that JSON lacks, such as dates, `.jsonl` gets the string; a `.parquet` file is
-    made in memory."""
+    """As `Selection.write`. Of types that JSON lacks, such as dates, `.jsonl` gets the string. The pool is read
+    twice for `.parquet`, whose columns are those of all picked rows."""
     if path.suffix not in (".jsonl", ".parquet"):
         raise DataSelectionError(f"{str(path)!r} must end in .jsonl or .parquet")
     with open_atomic(path) as file:
@@ -55,9 +58,43 @@ def write_picked(picked: Selection, path: Path, pool: TextSource | None = None) 
             for row in picked_rows(picked, pool):
                 file.write(json.dumps(row, ensure_ascii=False, default=str).encode("utf-8", "surrogatepass") + b"\n")
         else:
-            from pyarrow import Table, parquet
+            _write_parquet(picked, pool, file)
 
-            parquet.write_table(Table.from_pylist(list(picked_rows(picked, pool))), file, compression="zstd")
+
+def _write_parquet(picked: Selection, pool: TextSource | None, file: BinaryIO) -> None:
+    """The picked rows in groups, in two readings of the pool: the first finds the columns of all rows, since a pool
+    may mix rows of several forms. Memory holds one group; of a pool that can be read once only, all picked rows."""
+    import pyarrow
+    from pyarrow import parquet
+
+    held = list(picked_rows(picked, pool)) if isinstance(pool, Iterator) else None
+    schema = pyarrow.schema([])
+    try:
+        for rows in _groups(picked_rows(picked, pool) if held is None else iter(held)):
+            schema = pyarrow.unify_schemas([schema, _table(rows).schema], promote_options="permissive")
+        with parquet.ParquetWriter(file, schema, compression="zstd") as writer:
+            for rows in _groups(picked_rows(picked, pool) if held is None else iter(held)):
+                writer.write_table(_table(rows, schema))
+    except pyarrow.ArrowException as error:
+        raise DataSelectionError(
+            f"the picked rows do not go into one parquet file: {error}; a column must hold one type, so change the "
+            "rows, or write .jsonl"
+        ) from error
+
+
+def _groups(rows: Iterator[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
+    while group := list(islice(rows, GROUP_ROWS)):
+        yield group
+
+
+def _table(rows: list[dict[str, Any]], schema: Any = None) -> Any:
+    """A `pyarrow.Table` of rows that need not have the same keys, with the columns of `schema` or of all rows."""
+    import pyarrow
+
+    names = dict.fromkeys(key for row in rows for key in row) if schema is None else schema.names
+    types = {} if schema is None else {field.name: field.type for field in schema}
+    arrays = {name: pyarrow.array([row.get(name) for row in rows], types.get(name)) for name in names}
+    return pyarrow.table(arrays, schema=schema)
 
 
 def push(
@@ -95,7 +132,9 @@ def push(
     with TemporaryDirectory() as folder:
         write_picked(picked, Path(folder) / DATA, pool)
         picked.save(Path(folder) / "selection")
-        (Path(folder) / CARD).write_text(card(picked, pool, dsir), encoding="utf-8")
+        (Path(folder) / CARD).write_text(
+            card(picked, pool if picked.pool is None else picked.pool, dsir), encoding="utf-8"
+        )
         api.create_repo(repo_id, repo_type="dataset", private=private, exist_ok=True)
         commit = api.upload_folder(
             repo_id=repo_id, repo_type="dataset", folder_path=folder, commit_message=f"{len(picked)} rows by krontune"

@@ -10,6 +10,7 @@ from typing import Any
 from .dsir import Dsir
 from .scoring import ESTIMATOR, ScoreFolder, open_folder, score_shard
 from .selection import checked_int
+from .shards import NamedFiles, file_names
 from .texts import DataSelectionError, TextSource, file_paths
 
 
@@ -37,10 +38,13 @@ def score_with_ray(
         import ray.data
     except ImportError as error:
         raise DataSelectionError(f"{error}; pip install 'krontune[scale]'") from error
-    folder = open_folder(dsir, raw, Path(out_dir).absolute())
+    # A worker may have another working folder. The names that the noise depends on stay.
+    source = raw
+    if paths := file_paths(raw):
+        source = NamedFiles([str(path.absolute()) for path in paths], file_names(raw, paths))
+    folder = open_folder(dsir, source, Path(out_dir).absolute())
     missing = folder.missing()
     if missing:
-        source = [path.absolute() for path in file_paths(raw)] or raw
         items = ray.data.from_items([{"shard": number} for number in missing], override_num_blocks=len(missing))
         scored = items.map(
             ShardScorer,  # type: ignore[arg-type]  # Ray takes a class with __call__, its types do not say so
@@ -65,6 +69,6 @@ class ShardScorer:
         shard = self.folder.shards[row["shard"]]
         try:
             self.folder.write(shard.number, score_shard(self.scorer, self.raw, shard, ""))
-        except DataSelectionError as error:
+        except (DataSelectionError, OSError) as error:
             return {"shard": shard.number, "fault": str(error)}
         return {"shard": shard.number, "fault": ""}

@@ -6,6 +6,7 @@ Nothing here holds the whole pool: of each shard only the rows that can still be
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -31,10 +32,6 @@ class ShardScores:
     file: str = ""  # short name of the file; "" in memory
     path: str = ""  # of the file, as the caller gave it; "" in memory
 
-    def origin(self, row: int) -> str:
-        """The source of a row; of one without, the path of its file."""
-        return (self.sources[row] if self.sources is not None else "") or self.path
-
 
 @dataclass(frozen=True)
 class Rules:
@@ -51,6 +48,7 @@ class Rules:
     min_tokens: int = 0
     max_tokens: int | None = None
     exclude_copies: bool = True
+    names: tuple[str, ...] = ()  # of the targets, for messages
 
 
 class Candidates(NamedTuple):
@@ -80,10 +78,14 @@ def pick(shards: Iterable[ShardScores], rules: Rules) -> Picks:
     from the highest score down, and a pair is taken where the row is free and the target has not yet its share. So
     the order of the targets does not matter. Of equal scores the earlier row is taken.
 
+    A share of tokens ends with the first text that does not fit into what is left of it, lest short ones fill the
+    rest. A text longer than the whole share is passed over.
+
     Raises:
-        DataSelectionError: fewer rows than asked for are left by the length limits, copies and caps.
+        DataSelectionError: fewer rows than asked for are left by the length limits, copies and caps, or no text fits
+            into the tokens of a target.
     """
-    targets = len(rules.shares)
+    targets, parts = len(rules.shares), shared_out(rules.budget, rules.shares)
     kept: list[list[Candidates]] = [[] for _ in range(targets)]
     left_out = {"target_copies": 0, "too_short": 0, "too_long": 0}
     eligible = 0
@@ -98,8 +100,8 @@ def pick(shards: Iterable[ShardScores], rules: Rules) -> Picks:
             tokens, capped = shard.tokens[allowed], _capped(shard, allowed, rules.caps)
             kept[target].append(Candidates(allowed + first, scores, weights, tokens, capped))
             if sum(len(part.rows) for part in kept[target]) > 2 * rules.budget + SLACK:
-                kept[target] = [_best(kept[target], rules)]
-    best = [_best(parts, rules) for parts in kept]
+                kept[target] = [_best(kept[target], rules, parts[target])]
+    best = [_best(found, rules, part) for found, part in zip(kept, parts, strict=True)]
     left_out = {reason: count for reason, count in left_out.items() if count}
     picks = _take(best, rules, left_out)
     if not rules.by_tokens and len(picks.rows) < rules.budget:
@@ -112,7 +114,21 @@ def pick(shards: Iterable[ShardScores], rules: Rules) -> Picks:
             f"tokens={rules.budget}: not one text fits ({eligible} may be picked; left out: {left_out or 'none'}); "
             "raise the budget or lift a limit"
         )
+    if rules.by_tokens:
+        _check_targets(picks, parts, rules)
     return picks
+
+
+def _check_targets(picks: Picks, parts: Sequence[int], rules: Rules) -> None:
+    """Refuse picks that leave a target that has a share without a text."""
+    got = np.bincount(picks.targets, minlength=len(parts))
+    for target, (part, share) in enumerate(zip(parts, rules.shares, strict=True)):
+        if share > 0 and not got[target]:
+            name = rules.names[target] if rules.names else f"number {target + 1}"
+            raise DataSelectionError(
+                f"tokens={rules.budget}: the target {name!r} has a share of {part} and no text fits into it; raise "
+                "the budget or the target's proportion, or lift a limit"
+            )
 
 
 def file_stream(file: str) -> int:
@@ -153,17 +169,29 @@ def _capped(shard: ShardScores, allowed: Ints, caps: Mapping[str, int]) -> Ints:
         return np.full(len(allowed), -1)
     numbers = {source: number for number, source in enumerate(caps)}
     if shard.sources is None:
-        return np.full(len(allowed), numbers.get(shard.path, -1))
-    return np.array([numbers.get(shard.origin(row), -1) for row in allowed.tolist()], np.int64)
+        return np.full(len(allowed), numbers.get(cap_name(shard.path, caps), -1))
+    file = cap_name(shard.path, caps)
+    return np.array([numbers.get(shard.sources[row] or file, -1) for row in allowed.tolist()], np.int64)
 
 
-def _best(parts: list[Candidates], rules: Rules) -> Candidates:
+def cap_name(path: str, caps: Mapping[str, Any]) -> str:
+    """What a file goes by among the caps: its path as it was given, or another spelling of it, "a.jsonl" of
+    "./a.jsonl" and the other way round."""
+    if path in caps or not path:
+        return path
+    return next((name for name in caps if Path(name) == Path(path)), path)
+
+
+def _best(parts: list[Candidates], rules: Rules, part: int) -> Candidates:
     """The candidates that can be picked whatever other targets take, from the highest score down: for each capped
-    source, and for all others together, as many as the whole budget and one."""
+    source, and for all others together, as many as the whole budget and one. part: what the target may have of the
+    budget; a text of more tokens is no candidate."""
     if not parts:
         empty = np.empty(0, np.int64)
         return Candidates(empty, np.empty(0), np.empty(0), empty, empty)
     every = _joined(parts)
+    if rules.by_tokens:
+        every = _at(every, np.flatnonzero(np.maximum(every.tokens, 1) <= part))
     order = np.lexsort((every.rows, -every.scores))
     keep = np.zeros(len(order), bool)
     for source in np.unique(every.capped):

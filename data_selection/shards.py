@@ -43,7 +43,7 @@ class Shard:
 
     number: int
     file: str  # the path below the folder that all files of the pool share; "" for a source in memory
-    path: str | None
+    path: str | None  # as the caller spelled it
     unit: Literal["bytes", "groups", "rows", "all"]
     start: int
     stop: int
@@ -82,9 +82,10 @@ def plan(source: TextSource, name: str, size: int = SHARD_BYTES, rows: int = SHA
     paths = [checked_file(path, name) for path in file_paths(source)]
     shards: list[Shard] = []
     if paths:
-        for path, short in zip(paths, _names(source, paths), strict=True):
+        given = [source] if isinstance(source, (str, os.PathLike)) else source
+        for spelled, path, short in zip(given, paths, file_names(source, paths), strict=True):
             for unit, start, stop in _ranges(path, size):
-                shards.append(Shard(len(shards), short, str(path), unit, start, stop))
+                shards.append(Shard(len(shards), short, os.fspath(spelled), unit, start, stop))
     elif is_dataset(source) or isinstance(source, (list, tuple)):
         for start in range(0, len(source), rows):  # type: ignore[arg-type]
             stop = min(start + rows, len(source))  # type: ignore[arg-type]
@@ -94,7 +95,8 @@ def plan(source: TextSource, name: str, size: int = SHARD_BYTES, rows: int = SHA
     return shards
 
 
-def _names(source: TextSource, paths: Sequence[Path]) -> list[str]:
+def file_names(source: TextSource, paths: Sequence[Path]) -> list[str]:
+    """What the files of a source go by: the names that came with them, or `short_names`."""
     return source.names if isinstance(source, NamedFiles) else short_names(paths)
 
 
@@ -133,7 +135,7 @@ def fingerprint(source: TextSource, name: str) -> str:
     digest = hashlib.sha256()
     paths = [checked_file(path, name) for path in file_paths(source)]
     if paths:
-        for path, short in zip(paths, _names(source, paths), strict=True):
+        for path, short in zip(paths, file_names(source, paths), strict=True):
             found = path.stat()
             digest.update(f"{short}\0{found.st_size}\0{found.st_mtime_ns}\n".encode())
     elif is_dataset(source):

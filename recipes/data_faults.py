@@ -14,7 +14,7 @@ from ..data_selection.duplicates import deduplicate
 from ..data_selection.texts import row_text
 from .rows import source_rows
 from .schema import Columns, Neural, Recipe, Select, Source
-from .select import dsir_settings, make_neural
+from .select import dsir_settings, make_neural, spelled_caps
 
 # Of a larger file only the first rows are looked at, lest a check takes hours; a fault further on ends the run with
 # file and line.
@@ -94,7 +94,7 @@ def select_faults(recipe: Recipe, stage: Select) -> Found:
     if isinstance(stage.k, int) and pool.rows and stage.k > pool.rows and stage.chunk_words is None:
         yield ("k",), f"k is {stage.k} and the pool has {pool.rows} rows; give at most {pool.rows}"
     yield from _setting_faults(stage)
-    unknown = sorted(set(stage.source_caps or ()) - pool.sources)
+    unknown = sorted(set(spelled_caps(stage) or ()) - pool.sources)
     if unknown and pool.rows:
         yield ("source_caps",), f"no row of the pool has the source {unknown}; there are {sorted(pool.sources)[:20]}"
     yield from _duplicate_faults(stage)

@@ -45,13 +45,19 @@ def source_rows(source: Source, name: str) -> Iterator[Row]:
                 }
     elif isinstance(source, Columns):
         for row, where in read_rows(source.path, name):
-            row = {"source": source.path, **row, "text": _filled(source.text, row, where)}
+            row = {**row, "text": _filled(source.text, row, where)}
             check_row(row, where)
-            yield row
+            yield sourced(row, source.path)
     else:
         for row, where in read_rows(source, name):
             check_row(row, where)
-            yield {"source": source, **row}
+            yield sourced(row, source)
+
+
+def sourced(row: Row, path: str) -> Row:
+    """The row with its `source`; where it names none, or null or "", that is the path of its file."""
+    row = {"source": path, **row}
+    return {**row, "source": path} if row["source"] in (None, "") else row
 
 
 def _filled(template: str, row: Row, where: str) -> str:

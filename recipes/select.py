@@ -17,12 +17,13 @@ import numpy as np
 from ..data_selection import Chunks, Dsir, Selection
 from ..data_selection.duplicates import deduplicate
 from ..data_selection.files import open_atomic
+from ..data_selection.outputs import pool_rows
 from ..data_selection.report import selection_report, write_report
 from ..data_selection.selection import write_atomic
 from ..data_selection.shards import NamedFiles
 from ..data_selection.shards import fingerprint as file_fingerprint
 from ..data_selection.texts import read_rows
-from .rows import Row, check_row, fingerprint, source_rows
+from .rows import Row, check_row, fingerprint, source_rows, sourced
 from .run_folder import RunError, RunFolder
 from .schema import Columns, Neural, Recipe, Select, Source
 
@@ -64,7 +65,7 @@ def run_select(recipe: Recipe, stage: Select, run: RunFolder) -> None:
     if unique is not None:
         facts["duplicates"] = {"pool": unique.pool_size, "kept": len(unique), **unique.details}
     if stage.push is not None:
-        facts["pushed"] = picked.push_to_hub(stage.push, dsir=dsir)
+        facts["pushed"] = picked.push_to_hub(stage.push, pool=_Published(picked, stage), dsir=dsir)
     run.finish("select", **facts)
 
 
@@ -133,13 +134,27 @@ def _pool_rows(pool: list[str], words: int | None = None) -> Iterator[Row]:
     for path in pool:
         if words is None:
             for row, _ in read_rows(path, "raw"):
-                yield {"source": path, **row}
+                yield sourced(row, path)
             continue
         last = -1
         for piece in Chunks(path, words):
             last = int(piece["row"])
-            yield {"source": path, **piece, "row": first + last}
+            yield sourced({**piece, "row": first + last}, path)
         first += last + 1
+
+
+class _Published:
+    """The pool for the Hub: where `source` is a path of the recipe it is cut to the file's name, lest the folders of
+    this machine are published. It can be read more than once."""
+
+    def __init__(self, picked: Selection, stage: Select) -> None:
+        self.pool = picked.pool
+        self.names = {path: Path(path).name for source in stage.raw if (path := _path(source))}
+
+    def __iter__(self) -> Iterator[Row]:
+        for row in pool_rows(self.pool):
+            source = row.get("source")
+            yield {**row, "source": self.names[source]} if source in self.names else row
 
 
 def _write_row(file: BinaryIO, row: Row) -> None:
@@ -205,6 +220,7 @@ def _picked(recipe: Recipe, stage: Select, folder: Path, dsir: Dsir, target: Any
         name: getattr(stage, name)
         for name in ("temperature", "tokens", "source_caps", "min_tokens", "max_tokens", "exclude_copies", "num_proc")
     }
+    rules["source_caps"] = spelled_caps(stage)
     rules |= {"method": stage.sampler, "seed": recipe.seed, "out_dir": folder / SCORES}
     if stage.engine == "ray":
         from ..data_selection.ray_engine import score_with_ray
@@ -214,9 +230,23 @@ def _picked(recipe: Recipe, stage: Select, folder: Path, dsir: Dsir, target: Any
         return dsir.select(pool, stage.k, **rules, proportions=stage.proportions)
     neural = make_neural(recipe, stage.neural)
     words = stage.chunk_words
+    if isinstance(target, dict):  # check lets only one through
+        [target] = target.values()
     sides = [Chunks(side, words) if words else side for side in (target, pool)]
     neural.fit(target=sides[0], raw=sides[1], raw_sample=stage.neural.raw_sample)
     return neural.select(pool, stage.k, dsir, stage.neural.alpha, **rules)
+
+
+def spelled_caps(stage: Select) -> dict[str, int | float] | None:
+    """The caps, those on files with the path as `raw` spells it, which is the source of the file's rows."""
+    if stage.source_caps is None:
+        return None
+    files = [path for source in stage.raw if (path := _path(source))]
+    spelled = {str(Path(path)): path for path in files}
+    return {
+        source if source in files else spelled.get(str(Path(source)), source): cap
+        for source, cap in stage.source_caps.items()
+    }
 
 
 def make_neural(recipe: Recipe, section: Neural) -> Any:

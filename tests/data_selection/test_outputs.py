@@ -10,8 +10,9 @@ from types import SimpleNamespace
 import datasets
 import pytest
 import yaml
+from pyarrow import parquet
 
-from krontune.data_selection import DataSelectionError, Dsir, Selection
+from krontune.data_selection import DataSelectionError, Dsir, Selection, outputs
 from krontune.data_selection.outputs import card
 
 ROWS = [{"text": f"word{i % 5} stone {i}", "id": i, "tags": ["x"] * (i % 3)} for i in range(40)]
@@ -161,3 +162,29 @@ def test_the_real_client_sends_the_files_to_the_address_it_is_given():
     commit = next(body for path, body in seen if "/commit/" in path)
     sent = [json.loads(line)["value"].get("path") for line in commit.splitlines()]
     assert {"README.md", "data/train.parquet"} <= set(sent)
+
+
+MIXED = [{"text": f"word{i % 3} stone {i}"} for i in range(6)]
+MIXED += [{"prompt": f"word3 stone {i}?", "completion": f"stone {i}", "n": i} for i in range(6)]
+
+
+@pytest.mark.parametrize("group", [4, 10_000])
+def test_a_pool_of_two_kinds_of_rows_keeps_the_content_of_both(tmp_path, monkeypatch, group):
+    """In groups of four, no group but the second has all columns."""
+    monkeypatch.setattr(outputs, "GROUP_ROWS", group)
+    picked, api = Dsir(buckets=500).fit(target=["word3 stone"], raw=MIXED).select(MIXED, k=12), FakeApi()
+    picked.write(tmp_path / "picked.parquet")
+    picked.write(tmp_path / "once.parquet", iter(MIXED))
+    picked.push_to_hub("me/picked", api=api)
+    (tmp_path / "pushed.parquet").write_bytes(api.files["data/train.parquet"])
+    for name in ("picked.parquet", "once.parquet", "pushed.parquet"):
+        rows = parquet.read_table(tmp_path / name).to_pylist()
+        assert [{key: value for key, value in row.items() if value is not None} for row in rows] == MIXED, name
+
+
+def test_a_column_of_two_types_is_named_before_anything_is_written(tmp_path):
+    rows = [{"text": "word3 stone", "id": 1}, {"text": "stone", "id": "one"}]
+    picked = Dsir(buckets=500).fit(target=["word3 stone here"], raw=rows).select(rows, k=2)
+    with pytest.raises(DataSelectionError, match="do not go into one parquet file.*write .jsonl"):
+        picked.write(tmp_path / "picked.parquet")
+    assert not list(tmp_path.iterdir())

@@ -1,6 +1,7 @@
 """Picks for several targets, budgets, caps, limits and copies, against slow twins."""
 
 import random
+from pathlib import Path
 
 import datasets
 import numpy as np
@@ -52,10 +53,11 @@ def naive_pick(weights, tokens, copies, sources, r):
         if not copies[row] and tokens[row] >= r.min_tokens and (r.max_tokens is None or tokens[row] <= r.max_tokens)
     ]
     left, caps, taken = shared_out(r.budget, r.shares), dict(r.caps), {}
+    shares = list(left)
     closed = set()
     for _, row, t in sorted(pairs):
         price = max(int(tokens[row]), 1) if r.by_tokens else 1
-        if row in taken or t in closed or caps.get(sources[row], 1) <= 0:
+        if row in taken or t in closed or price > shares[t] or caps.get(sources[row], 1) <= 0:
             continue
         if price > left[t]:
             closed.add(t)
@@ -200,8 +202,25 @@ def test_a_token_budget_ends_before_the_first_text_that_does_not_fit():
         picked = dsir.select(pool, method="topk", tokens=tokens)
         assert picked.indices.tolist() == indices
         assert picked.details["tokens"] == sum(len(pool[i].split()) for i in indices) <= tokens
+    assert dsir.select(pool, method="topk", tokens=2).indices.tolist() == [1]
     with pytest.raises(DataSelectionError, match="tokens=2: not one text fits"):
-        dsir.select(pool, method="topk", tokens=2)
+        dsir.select(pool, method="topk", tokens=2, min_tokens=3)
+
+
+def test_a_text_longer_than_a_targets_share_leaves_the_target_its_others():
+    """The first row is by far the best for the first target, and longer than half the budget, or than all of it."""
+    weights = np.array([[9.0, 0], [3, 0], [2, 0], [0, 3], [0, 2]])
+    for length in (7, 70):
+        shard = ShardScores(weights, np.array([length, 3, 3, 3, 3]), np.zeros(5, bool), None)
+        assert pick([shard], rules(12, 2, by_tokens=True)).targets.tolist() == [0, 0, 1, 1]
+        assert pick([shard], rules(12, 2, by_tokens=True)).rows.tolist() == [1, 2, 3, 4]
+    few = rules(12, by_tokens=True, shares=(0.1, 0.9), names=("red", "blue"))
+    with pytest.raises(DataSelectionError, match="tokens=12: the target 'red' has a share of 1 and no text fits"):
+        pick([shard], few)
+    assert pick([shard], rules(12, by_tokens=True, shares=(0.0, 1.0))).targets.tolist() == [1] * 4
+    texts = ["ruby3 crimson", *BLUE, *GREY]
+    with pytest.raises(DataSelectionError, match="the target 'red' has a share of 1"):
+        Dsir().fit(target=TARGETS, raw=texts).select(texts, tokens=12, proportions={"red": 1, "blue": 11})
 
 
 def test_k_may_be_a_share_of_the_pool():
@@ -222,6 +241,17 @@ def test_sources_are_capped():
             dsir.select(pool, k=45, source_caps={"web": 1})
         with pytest.raises(DataSelectionError, match=r"no row has the source \['wbe'\]; there are \['book', 'web'\]"):
             dsir.select(pool, k=5, source_caps={"wbe": 1})
+
+
+def test_a_cap_on_a_file_holds_however_its_path_is_spelled(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name, texts in (("red", RED), ("grey", GREY)):
+        Path(f"{name}.txt").write_text("\n".join(texts) + "\n")
+    for red in ("red.txt", "./red.txt", Path("red.txt")):
+        pool = [red, "grey.txt"]
+        dsir = Dsir().fit(target=["ruby1 crimson"], raw=pool)
+        for cap in ("red.txt", "./red.txt"):
+            assert (dsir.select(pool, k=8, method="topk", source_caps={cap: 2}).indices < 12).sum() == 2, (red, cap)
 
 
 def test_a_sample_of_the_pool_is_drawn_from_all_of_it_by_seed():

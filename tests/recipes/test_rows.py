@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 
 from krontune.data_selection import DataSelectionError
 from krontune.recipes.rows import fingerprint, read_sources, tokenize
-from krontune.recipes.schema import Puzzles, Shipped
+from krontune.recipes.schema import Columns, Puzzles, Shipped
 from krontune.rl.tasks.worked import worked_examples
 
 
@@ -29,6 +29,13 @@ def test_sources_are_read_one_after_the_other_and_each_row_names_its_own(tmp_pat
     rows = read_sources([str(tmp_path / "second.txt"), first], "raw")
     assert [row["text"] for row in rows] == ["c", "d", "a", "b"]
     assert [row["source"] for row in rows] == [str(tmp_path / "second.txt")] * 2 + [first, "theirs"]
+
+
+def test_a_row_whose_source_is_null_or_empty_counts_as_its_files(tmp_path):
+    path = lines(tmp_path / "a.jsonl", [{"text": "a", "source": None}, {"text": "b", "source": ""}, {"text": "c"}])
+    assert [row["source"] for row in read_sources([path], "raw")] == [path] * 3
+    columns = Columns(path=path, text="text")
+    assert [row["source"] for row in read_sources([columns], "raw")] == [path] * 3
 
 
 def test_the_shipped_text_is_all_of_the_file():

@@ -294,6 +294,51 @@ def test_the_picks_are_pushed_where_the_recipe_says_so(data, monkeypatch):
     assert pushed == [("me/picks", 30)] and facts["pushed"] == "address"
 
 
+def test_pushed_rows_name_the_file_and_not_its_folder(data, monkeypatch):
+    pushed = []
+    monkeypatch.setattr(
+        Selection, "push_to_hub", lambda picked, repo, pool, dsir: pushed.append(list(picked.rows(pool))) or "address"
+    )
+    rows = [*rows_of(data / "a.jsonl"), {"text": "law of the theirs", "source": "theirs/of a/book"}]
+    write_rows(data / "a.jsonl", rows)
+    raw = f"raw: [{data}/a.jsonl, {{path: {data}/b.jsonl, text: text}}]; target: law.jsonl; k: 161"
+    folder, _ = select_in(data, f"{raw}; sampler: topk; push: me/picks; duplicates: {{method: exact}}")
+    select_in(data, f"{raw}; sampler: topk; push: me/picks", "run2")
+    for number, sources in enumerate((["a.jsonl"] * 80, [None] * 80)):
+        assert [row.get("source") for row in pushed[number]] == [*sources, "theirs/of a/book", *["b.jsonl"] * 80]
+    assert rows_of(folder / "selected.jsonl")[0]["source"] == f"{data}/a.jsonl"
+
+
+def test_a_single_named_target_is_the_target_of_the_embeddings(data, monkeypatch):
+    class Fitted:
+        def fit(self, **given):
+            self.given = given
+
+        def select(self, pool, k, dsir, alpha, **rules):
+            assert self.given["target"] == ["law.jsonl"] and self.given["raw"] == pool
+            return dsir.select(pool, k, **rules)
+
+    monkeypatch.setattr("krontune.recipes.data_faults._neural_faults", lambda *args: iter(()))
+    monkeypatch.setattr(select, "make_neural", lambda *args: Fitted())
+    _, facts = select_in(data, "raw: [a.jsonl]; targets: {law: law.jsonl}; k: 5; neural: {}")
+    assert facts["n"] == 5
+
+
+@pytest.mark.parametrize("raw", ["./a.jsonl", "a.jsonl"])
+@pytest.mark.parametrize("cap", ["./a.jsonl", "a.jsonl"])
+@pytest.mark.parametrize("more", ["", "; duplicates: {method: exact}"])
+def test_a_cap_on_a_file_holds_however_its_path_is_spelled(data, raw, cap, more):
+    keys = f"raw: [{raw}, b.jsonl]; target: law.jsonl; k: 20; report: false; source_caps: {{{cap}: 3}}"
+    _, facts = select_in(data, keys + more)
+    assert facts["sources"]["selected"] == {raw: 3, "b.jsonl": 17}
+
+
+def test_rows_whose_source_is_null_count_and_are_capped_as_their_files(data):
+    write_rows(data / "a.jsonl", [{**row, "source": None} for row in rows_of(data / "a.jsonl")])
+    _, facts = select_in(data, f"{BASE}; k: 20; report: false; source_caps: {{a.jsonl: 3}}")
+    assert facts["sources"]["pool"] == {"a.jsonl": 80, "b.jsonl": 80} and facts["sources"]["selected"]["a.jsonl"] == 3
+
+
 def test_the_example_of_the_docs_is_a_stage(tmp_path):
     page = (Path(__file__).parents[2] / "docs" / "data_selection.md").read_text()
     [example] = re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)
