@@ -1,14 +1,18 @@
 """report.html: one run, or several, as one file of HTML with its pictures inside, for screens small and large and for
 paper. It asks nothing of the network. Whatever comes from a run goes through `html.escape`."""
 
+import base64
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from html import escape
 from typing import Any
 
+import yaml
+
 from ..data_selection import DataSelectionError, Selection
 from ..rl.checks import CheckResult
 from ..rl.checks.svg import lines, pictures
+from .card import masked
 from .figures import ASKS, check_name, heuristic_name, model_name, number, rate
 from .run_report import RunFiles
 from .select import SELECTED
@@ -23,7 +27,7 @@ h3 { font-size: 1rem; margin: 1.2rem 0 .3rem }
 p, figcaption, small { color: var(--soft) } p { margin: .3rem 0 } small { white-space: nowrap }
 figure { margin: .5rem 0; break-inside: avoid }
 figure text { font-size: 14px } figure > svg { width: 100%; height: auto; display: block }
-.scroll { overflow-x: auto } .scroll > svg { max-width: none }
+.scroll { overflow-x: auto } .scroll > img { max-width: none }
 .figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 24rem), 1fr)); gap: .5rem 2rem }
 table { border-collapse: collapse; font-size: .9rem }
 th, td { text-align: right; padding: .25rem .9rem .25rem 0; border-bottom: 1px solid var(--line);
@@ -41,8 +45,9 @@ pre { white-space: pre-wrap; overflow-wrap: anywhere; font: .85rem/1.4 ui-monosp
 .evidence { font-size: .85rem; overflow-x: auto } .evidence td { padding: .1rem .8rem .1rem 0; text-align: left }
 .evidence td:first-child { color: var(--soft) }
 @media print { body { max-width: none; font-size: 10pt; padding: 0 } h2 { break-after: avoid }
-               .scroll { overflow: visible } .scroll > svg { max-width: 100%; height: auto } }
+               .scroll { overflow: visible } .scroll > img { max-width: 100%; height: auto } }
 """
+CREDIT = "credit.svg"  # what the verify stage calls its picture
 SHOWN = 300  # characters of a selected text
 PHASES = {"before": "Before training", "during": "During training", "after": "After training"}
 
@@ -118,8 +123,9 @@ def _models(run: RunFiles) -> Iterator[str]:
     low, high = task["n"]
     yield "<h2>Models</h2>"
     yield (
-        f"<p>{result['instances']} held-out {escape(task['name'])} instances of {low} to {high} rows, one greedy "
-        f"answer each; 95 % intervals; weights {escape(result['weights'])}. Answer: the stated result is right. "
+        f"<p>{_escaped(result['instances'])} held-out {_escaped(task['name'])} instances of {_escaped(low)} to "
+        f"{_escaped(high)} rows, one greedy answer each; 95 % intervals; weights {_escaped(result['weights'])}. "
+        "Answer: the stated result is right. "
         "Certificate: the chosen rows are feasible and optimal. Gap: right answers that no certificate backs.</p>"
     )
     keys = ("answer", "certificate", "gap", "parse_failure")
@@ -128,7 +134,7 @@ def _models(run: RunFiles) -> Iterator[str]:
     yield _table(["", "answer", "certificate", "gap", "unreadable"], [*rows, *floors], strong=len(rows))
     samples = result.get("samples") or {}
     if samples:
-        yield f"<h3>{max(next(iter(samples.values()))['pass_answer']['k'])} samples an instance</h3>"
+        yield f"<h3>{_escaped(max(next(iter(samples.values()))['pass_answer']['k']))} samples an instance</h3>"
         yield f"<p>Temperature {result['temperature']:g}. pass@k: one of k is right; con@k: the most frequent is.</p>"
         yield _figures(_sample_curves(samples))
 
@@ -163,9 +169,7 @@ def _training(run: RunFiles) -> Iterator[str]:
     losses = {name: run.series(name, "loss") for name in trained if name.startswith("sft")}
     paid = [name for name in trained if name.startswith("rl")]
     rewards = {name: run.series(name, "reward") for name in paid}
-    task = (run.verify or {}).get("task", {}).get("name", "")
-    logged = {"answer": "answer_accuracy", "certificate": "certificate_accuracy", "gap": "gap"}
-    course = {name: run.series("rl", f"{task}/{key}") for name, key in logged.items()}
+    course = {name: run.series("rl", key) for name, key in _logged(run).items()}
     entropy = {name: run.series(name, "entropy") for name in paid}
     figures = [
         _curve("loss of sft", losses),
@@ -176,6 +180,17 @@ def _training(run: RunFiles) -> Iterator[str]:
     if any(figures):
         yield "<h2>Training</h2>"
         yield _figures(figures)
+
+
+def _logged(run: RunFiles) -> dict[str, str]:
+    """What the rl stage logged of its samples, under the name that its task gives itself."""
+    keys = {"answer": "answer_accuracy", "certificate": "certificate_accuracy", "gap": "gap"}
+    known = [key for line in run.metrics if line["stage"] == "rl" for key in line]
+    return {
+        name: found
+        for name, key in keys.items()
+        if (found := next((one for one in known if one.count("/") == 1 and one.endswith(f"/{key}")), None))
+    }
 
 
 def _curve(title: str, series: Mapping[str, list[tuple[float, float]]]) -> str:
@@ -266,7 +281,7 @@ def _check(one: Mapping[str, Any]) -> str:
         said.append(f"{one['details']['models'][0]} is ahead from k = {one['details']['crossing']}")
     said += [one["details"]["reason"]] if one["verdict"] == "not run" and "reason" in one["details"] else []
     stage = f" ({one['stage']})" if one["phase"] == "during" else ""
-    verdict = one["verdict"]
+    verdict = _escaped(one["verdict"])
     return (
         f'<div class="check"><h3>{escape(check_name(one))}{escape(stage)} '
         f'<span class="verdict {verdict.replace(" ", "-")}">{verdict}</span></h3>'
@@ -299,14 +314,16 @@ def _plain(value: Any) -> str:
 
 
 def _credit(run: RunFiles) -> Iterator[str]:
-    name = (run.verify or {}).get("credit_picture")
-    if name and (run.path / "verify" / name).is_file():
+    picture = run.path / "verify" / CREDIT
+    if (run.verify or {}).get("credit_picture") == CREDIT and picture.is_file() and not picture.is_symlink():
         yield "<h2>Token credit on one answer</h2>"
         yield (
             "<p>WAAD: how far back each token looks; FAI: how much later tokens look at it. Anchors and preplan tokens "
             "are those that the credit favours.</p>"
         )
-        yield f'<div class="scroll">{(run.path / "verify" / name).read_text(encoding="utf-8")}</div>'
+        # As an image: a browser runs no script of it and fetches nothing for it.
+        packed = base64.b64encode(picture.read_bytes()).decode()
+        yield f'<div class="scroll"><img alt="token credit" src="data:image/svg+xml;base64,{packed}"></div>'
 
 
 # ---------------------------------------------------------------- the record
@@ -330,7 +347,13 @@ def _record(run: RunFiles) -> Iterator[str]:
     versions = ", ".join(f"{name} {value}" for name, value in run.record.get("versions", {}).items())
     machine = ", ".join(map(str, run.record.get("machine", {}).values()))
     yield f"<p>{escape(versions)}</p><p>{escape(machine)} CPUs</p>"
-    yield f"<details><summary>the recipe</summary><pre>{escape(run.recipe_text)}</pre></details>"
+    yield f"<details><summary>the recipe</summary><pre>{escape(_recipe_text(run))}</pre></details>"
+
+
+def _recipe_text(run: RunFiles) -> str:
+    """As it was written; where it holds keys or passwords, without them and without its comments."""
+    hidden = masked(run.recipe)
+    return run.recipe_text if hidden == run.recipe else yaml.safe_dump(hidden, sort_keys=False, allow_unicode=True)
 
 
 def _size(data: dict[str, Any]) -> str:
@@ -346,6 +369,10 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]], strong: int = 0) 
         cells = "".join(f"<td>{_cell(cell)}</td>" for cell in row)
         body += f'<tr class="strong">{cells}</tr>' if place < strong else f"<tr>{cells}</tr>"
     return f'<div class="scroll"><table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>'
+
+
+def _escaped(value: Any) -> str:
+    return escape(str(value))
 
 
 def _cell(text: str) -> str:

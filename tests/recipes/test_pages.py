@@ -1,5 +1,6 @@
 """rlvr_report.json, report.html and the model card of a run folder, and several runs in one table."""
 
+import base64
 import json
 import re
 import subprocess
@@ -211,3 +212,67 @@ def test_the_verb_prints_the_page_and_refuses_another_folder(finished, tmp_path)
     assert done.returncode == 0 and done.stdout.strip() == str(finished / "report.html"), done.stderr
     wrong = subprocess.run([*command, str(tmp_path)], capture_output=True, text=True)
     assert wrong.returncode == 1 and "is no run folder" in wrong.stderr and "Traceback" not in wrong.stderr
+
+
+def copied(finished, tmp_path):
+    import shutil
+
+    return shutil.copytree(finished, tmp_path / "run")
+
+
+def test_a_crafted_verify_json_puts_nothing_into_the_page(finished, tmp_path):
+    run = copied(finished, tmp_path)
+    verify = json.loads((run / "verify" / "verify.json").read_text())
+    verify |= {"instances": HOSTILE, "weights": HOSTILE, "credit_picture": "../secret.txt"}
+    verify["task"] = {"name": HOSTILE, "n": [HOSTILE, HOSTILE]}
+    (run / "secret.txt").write_text("the secret")
+    (run / "verify" / "verify.json").write_text(json.dumps(verify))
+    report = json.loads((run / "verify" / "rlvr_report.json").read_text())
+    [one] = [one for one in report["checks"] if one["name"] == "base_vs_tuned"]
+    one["verdict"] = f'"{HOSTILE}'
+    (run / "verify" / "rlvr_report.json").write_text(json.dumps(report))
+    text = publish(run).read_text()
+    page = Outside()
+    page.feed(text)
+    assert page.fetched == [] and HOSTILE not in text and text.count("&lt;script&gt;") > 5
+    assert "the secret" not in text
+
+
+def test_the_credit_picture_is_an_image_in_which_nothing_runs(finished, tmp_path):
+    run = copied(finished, tmp_path)
+    verify = json.loads((run / "verify" / "verify.json").read_text())
+    (run / "verify" / "verify.json").write_text(json.dumps({**verify, "credit_picture": "credit.svg"}))
+    picture = f'<svg xmlns="http://www.w3.org/2000/svg">{HOSTILE}</svg>'
+    (run / "verify" / "credit.svg").write_text(picture)
+    text = publish(run).read_text()
+    [packed] = re.findall(r'<img alt="token credit" src="data:image/svg\+xml;base64,([^"]*)">', text)
+    assert base64.b64decode(packed).decode() == picture and HOSTILE not in text
+
+
+def test_keys_and_paths_of_a_recipe_are_not_published_and_words_stay(finished, tmp_path):
+    run = copied(finished, tmp_path)
+    recipe = yaml.safe_load((run / "recipe.yaml").read_text())
+    caps = {"/home/me/secret/a.jsonl": 3, "/home/me/other/a.jsonl": 4, "web": 5}
+    recipe["stages"][0] |= {"source_caps": caps, "tokens": 900}
+    recipe["stages"][1] |= {
+        "task": {"name": "lis", "instruction": "/no_think", "options": {"passwords": ["hunter2"], "mode": "/think"}},
+        "reward_options": {"API_KEY": "sk-1", "judge": {"hub_token": "hf-1", "url": "x"}, "password": 771177},
+    }
+    (run / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    page = publish(run).read_text()
+    card = (run / "adapter" / "README.md").read_text()
+    for text in (page, card):
+        assert not [one for one in ("hunter2", "sk-1", "hf-1", "771177") if one in text]
+        assert "tokens: 900" in text and "instruction: /no_think" in text and "mode: /think" in text
+    assert "/home" not in card
+    shown = yaml.safe_load(re.findall(r"```yaml\n(.*?)```", card, re.S)[0])["stages"]
+    assert shown[0]["source_caps"] == {"a.jsonl": 4, "a.jsonl (2)": 3, "web": 5}
+    assert set(shown[1]["reward_options"]) == {"API_KEY", "judge", "password"}
+
+
+def test_curves_of_a_task_of_ones_own_are_drawn_under_the_name_it_logs(finished, tmp_path):
+    run = copied(finished, tmp_path)
+    verify = json.loads((run / "verify" / "verify.json").read_text())
+    verify["task"]["name"] = "package:MyTask"
+    (run / "verify" / "verify.json").write_text(json.dumps(verify))
+    assert 'aria-label="samples of rl"' in publish(run).read_text()
