@@ -13,9 +13,9 @@ from krontune.recipes.faults import RecipeError
 from krontune.recipes.loader import load
 from krontune.recipes.preflight import check
 from krontune.recipes.rewards import guard_of, make_reward, monitored
-from krontune.recipes.rl import make_credit, make_task
+from krontune.recipes.rl import make_credit, make_task, training_rows
 from krontune.recipes.run_folder import recipe_text
-from krontune.rl import Guarded, TokenCredit
+from krontune.rl import CertificateReward, Guarded, TokenCredit
 
 PAGE = Path(__file__).parents[2] / "docs" / "tasks.md"
 WORDS = ["cat", "dog", "owl", "ant", "bee"]
@@ -168,6 +168,19 @@ def test_own_tasks_are_marked_inside_the_guard_and_shipped_ones_outside(small, t
         task = make_task(stage.task)
         reward = monitored(make_reward(stage, task, 0), task, inside)
         assert isinstance(reward, Guarded) == inside and guard_of(reward) is not None
+
+
+@pytest.mark.parametrize(("reward", "control"), [("random", None), ("certificate", "random")])
+def test_random_pay_runs_no_code_of_an_own_task_on_what_a_model_wrote(small, monkeypatch, reward, control):
+    own = ["allow=['krontune.rl.tasks.lis:Lis']", "stages.rl.task.name=krontune.rl.tasks.lis:Lis"]
+    stage = load(small, [*own, f"stages.rl.reward={reward}"]).stage("rl")
+    task = make_task(stage.task)
+    rows = training_rows(stage, 0)
+    monkeypatch.setattr(type(task), "parse", lambda self, text: pytest.fail("the task read a completion"))
+    paid = monitored(make_reward(stage, task, 3, control), task, own_task=True)(
+        completions=["x"] * 8, instance=rows["instance"], log_metric=lambda name, value: None
+    )
+    assert paid == CertificateReward("lis", "random", seed=3)(completions=["x"] * 8, instance=rows["instance"])
 
 
 def test_controls_run_the_stage_again_and_are_verified(small, tmp_path, monkeypatch):
