@@ -15,7 +15,7 @@ from ..rl import CertificateTask, Guarded, RlError, TokenCredit
 from .data_faults import Found, select_faults, source_faults, tried
 from .faults import Fault
 from .needs import HUB_TIMEOUT_S, out_of_reach
-from .own import is_own
+from .own import is_own, not_allowed
 from .reward_trial import NOT_JUDGED, ROWS, faults_of_reward, right_forms, rows_to_try, wrong_texts
 from .rewards import make_reward
 from .rl import make_credit, make_risk, make_task, training_rows
@@ -40,6 +40,9 @@ LEAST = {
 
 def check(recipe: Recipe) -> list[Fault]:
     """Read the data, build the task, the adapter's and the trainers' configurations; the model is only looked up."""
+    refused = [Fault(recipe.where(path), message) for path, message in not_allowed(recipe)]
+    if refused:  # a copy of a recipe is not validated; nothing of it is imported here either
+        return refused
     faults = [*_model_faults(recipe), *_attention_faults(recipe)]
     for number, stage in enumerate(recipe.stages):
         finder = {"select": select_faults, "sft": _sft_faults, "rl": _rl_faults, "verify": _verify_faults}[stage.stage]
