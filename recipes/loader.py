@@ -9,7 +9,7 @@ from pydantic import ValidationError
 from .data_faults import select_gaps
 from .faults import Fault, RecipeError, faults_from_validation
 from .overrides import apply_overrides
-from .own import is_own
+from .own import ALLOW_LATER, is_own, not_allowed
 from .schema import Recipe, Rl
 from .shipped import shipped_text
 from .trainer_args import set_by_krontune
@@ -29,10 +29,10 @@ def load(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
     name, text = _find(path)
     document = apply_overrides(read(text, name), overrides)
     try:
-        recipe = Recipe.model_validate(document.data)
+        recipe = Recipe.model_validate(document.data, context=ALLOW_LATER)
     except ValidationError as error:
         raise RecipeError(_with_own_keys(document, faults_from_validation(error, document, Recipe))) from None
-    faults = [Fault(document.where(path), message) for path, message in _order_faults(recipe)]
+    faults = [Fault(document.where(path), message) for path, message in (*_order_faults(recipe), *not_allowed(recipe))]
     if faults:
         raise RecipeError(faults)
     recipe._document = document
@@ -91,7 +91,6 @@ def _order_faults(recipe: Recipe) -> Iterator[tuple[tuple[str | int, ...], str]]
                 yield at, "the verify stage takes its task from the rl stage, which has data and no task; give task"
         if isinstance(stage, Rl):
             yield from ((("stages", number, *path), message) for path, message in _rl_faults(stage))
-        yield from _own_faults(recipe, number, stage)
         before.append(stage.stage)
 
 
@@ -120,19 +119,3 @@ def _rl_faults(stage: Rl) -> Iterator[tuple[tuple[str | int, ...], str]]:
             yield ("instruction",), "'instruction' is put after the prompts of data; a task writes its own"
     if stage.reward == "random" and not isinstance(stage.guard, str) and stage.guard is not None:
         yield ("guard",), "reward 'random' reads nothing and runs without a guard; leave 'guard' out"
-
-
-def _own_faults(recipe: Recipe, number: int, stage: Any) -> Iterator[tuple[tuple[str | int, ...], str]]:
-    """Code of the user's own that the recipe does not say it may run."""
-    named = {}
-    if stage.stage in ("rl", "verify") and stage.task is not None:
-        named["task", "name"] = stage.task.name
-    if isinstance(stage, Rl):
-        named["reward",] = stage.reward
-    for path, name in named.items():
-        if is_own(name) and name not in recipe.allow:
-            yield (
-                ("stages", number, *path),
-                f"{name!r} is code outside krontune, which a recipe runs only where it says so; if you trust it, add "
-                f"at the top level: allow: [{name!r}]",
-            )

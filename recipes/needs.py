@@ -2,7 +2,9 @@
 
 import dataclasses
 import socket
+from collections.abc import Iterator, Sequence
 from functools import cache
+from math import ceil
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
@@ -13,10 +15,13 @@ from trl import GRPOConfig
 
 from ..adapters.base import resolve_model
 from ..adapters.embedded import NAME
-from .schema import HubRows, Recipe, Rl
+from ..data_selection import DataSelectionError
+from ..data_selection.texts import read_rows
+from .schema import HubRows, Recipe, Rl, RowSource
 from .trainer_args import given
 
 HUB_TIMEOUT_S = 5.0
+COUNTED_BYTES = 1 << 28
 MANY_TOKENS = 10_000_000  # hours on a CPU, for the smallest models
 
 
@@ -35,32 +40,63 @@ def notes(recipe: Recipe) -> list[str]:
                 unchecked = "; its rows and the reward on them were not checked" if out_of_reach(data) else ""
                 reach = ", which does not answer" if unchecked else ""
                 found.append(f"data set {data.hub!r} comes from the Hub{reach}{unchecked}")
-        tokens = _tokens_to_generate(stage)
-        if tokens > MANY_TOKENS and not torch.accelerator.is_available():
-            found.append(
-                f"the rl stage generates up to {tokens / 1e6:.0f} million tokens in {_steps(stage)} steps: that needs "
-                "a GPU, and there is none here"
-            )
+        if not torch.accelerator.is_available():
+            found += _work(stage)
     return found
 
 
-def _tokens_to_generate(stage: Rl) -> int:
-    """Completions of all steps at their longest, with TRL's defaults where the recipe says nothing."""
+def _work(stage: Rl) -> Iterator[str]:
+    """What an rl stage generates, where that is too much for a CPU."""
+    steps = _steps(stage)
+    if steps is None:
+        yield (
+            "how many steps the rl stage takes is not known, as its rows were not counted: whether it needs a GPU, "
+            "which is not here, cannot be said; max_steps would bound it"
+        )
+        return
+    length = _given_or_default(given(stage.trainer), "max_completion_length") or 0
+    tokens = steps * _batch(stage) * length * (1 + len(stage.controls))
+    if tokens > MANY_TOKENS:
+        yield (
+            f"the rl stage generates up to {tokens / 1e6:.0f} million tokens in {steps} steps: that needs a GPU, and "
+            "there is none here"
+        )
+
+
+def _steps(stage: Rl) -> int | None:
+    """Of the optimiser, by TRL's defaults where the recipe says nothing; None where the rows are not known."""
     trainer = given(stage.trainer)
-    batch = _given_or_default(trainer, "per_device_train_batch_size") * _given_or_default(
-        trainer, "gradient_accumulation_steps"
-    )
-    return (
-        _steps(stage) * batch * (_given_or_default(trainer, "max_completion_length") or 0) * (1 + len(stage.controls))
-    )
+    most = _given_or_default(trainer, "max_steps")
+    if most > 0:
+        return most
+    rows = stage.instances if stage.task is not None else _rows(stage.data or ())
+    if rows is None:
+        return None
+    group = _given_or_default(trainer, "num_generations") or 1
+    return ceil(_given_or_default(trainer, "num_train_epochs") * rows * group / _batch(stage))
 
 
-def _steps(stage: Rl) -> int:
-    return max(0, given(stage.trainer).get("max_steps", 0))
+def _batch(stage: Rl) -> int:
+    """Completions a step."""
+    trainer = given(stage.trainer)
+    each = _given_or_default(trainer, "per_device_train_batch_size")
+    return max(1, each * _given_or_default(trainer, "gradient_accumulation_steps"))
+
+
+def _rows(sources: Sequence[RowSource]) -> int | None:
+    """How many rows there are; None for data of the Hub, a large file, and one that cannot be read."""
+    total = 0
+    for source in sources:
+        if isinstance(source, HubRows) or not Path(source).is_file() or Path(source).stat().st_size > COUNTED_BYTES:
+            return None
+        try:
+            total += sum(1 for _ in read_rows(source))
+        except DataSelectionError:  # which the check reports
+            return None
+    return total
 
 
 def _given_or_default(trainer: dict[str, Any], key: str) -> Any:
-
     defaults = {field.name: field.default for field in dataclasses.fields(GRPOConfig)}
     return trainer.get(key, defaults[key])
 

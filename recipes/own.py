@@ -3,9 +3,13 @@
 import importlib
 import os
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 from ..rl import RlError
+
+# The context of a validation after which the caller asks `not_allowed` itself, to name the places in a file.
+ALLOW_LATER = {"allow": "later"}
 
 
 def is_own(name: str) -> bool:
@@ -13,10 +17,34 @@ def is_own(name: str) -> bool:
     return ":" in name
 
 
+def not_allowed(recipe: Any) -> Iterator[tuple[tuple[str | int, ...], str]]:
+    """Code from outside krontune that a recipe names and does not say it may run: where in the recipe, and what."""
+    base = recipe.base
+    if base.trust_remote_code and base.model not in recipe.allow:
+        yield (
+            ("base", "trust_remote_code"),
+            f"true runs the Python code that {base.model!r} brings along, which a recipe does only where it says so; "
+            f"if you trust it, add at the top level: allow: [{base.model!r}]",
+        )
+    for number, stage in enumerate(recipe.stages):
+        named = {}
+        if stage.stage in ("rl", "verify") and stage.task is not None:
+            named["task", "name"] = stage.task.name
+        if stage.stage == "rl":
+            named["reward",] = stage.reward
+        for path, name in named.items():
+            if is_own(name) and name not in recipe.allow:
+                yield (
+                    ("stages", number, *path),
+                    f"{name!r} is code outside krontune, which a recipe runs only where it says so; if you trust it, "
+                    f"add at the top level: allow: [{name!r}]",
+                )
+
+
 def import_own(path: str) -> Any:
     """The object at a dotted path. Modules are looked for where Python does, and last in the working folder.
 
-    This runs the module: a recipe may name it only where its `allow` lists the path, which `load` sees to.
+    This runs the module: a recipe may name it only where its `allow` lists the path, see `not_allowed`.
 
     Raises:
         RlError: there is no such module or name, or the module cannot be imported; the message says why.

@@ -6,7 +6,6 @@ import re
 import tempfile
 from collections.abc import Iterator
 from functools import partial
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +15,8 @@ from ..rl import CertificateTask, Guarded, RlError, TokenCredit
 from .data_faults import Found, select_faults, source_faults, tried
 from .faults import Fault
 from .needs import HUB_TIMEOUT_S, out_of_reach
-from .own import is_own
-from .reward_trial import NOT_JUDGED, ROWS, faults_of_reward, right_forms
+from .own import is_own, not_allowed
+from .reward_trial import NOT_JUDGED, ROWS, faults_of_reward, right_forms, rows_to_try, wrong_texts
 from .rewards import make_reward
 from .rl import make_credit, make_risk, make_task, training_rows
 from .rows import Row
@@ -41,6 +40,9 @@ LEAST = {
 
 def check(recipe: Recipe) -> list[Fault]:
     """Read the data, build the task, the adapter's and the trainers' configurations; the model is only looked up."""
+    refused = [Fault(recipe.where(path), message) for path, message in not_allowed(recipe)]
+    if refused:  # a copy of a recipe is not validated; nothing of it is imported here either
+        return refused
     faults = [*_model_faults(recipe), *_attention_faults(recipe)]
     for number, stage in enumerate(recipe.stages):
         finder = {"select": select_faults, "sft": _sft_faults, "rl": _rl_faults, "verify": _verify_faults}[stage.stage]
@@ -133,20 +135,22 @@ def _reward_faults(recipe: Recipe, stage: Rl, task: CertificateTask | None) -> F
         return
     few = stage if task is None else stage.model_copy(update={"instances": min(stage.instances, ROWS), "hints": 0.0})
     try:
-        rows = [dict(row) for row in islice(training_rows(few, recipe.seed), ROWS)]
+        rows = [dict(row) for row in training_rows(few, recipe.seed)]
     except (ValueError, OSError) as error:
         yield ("task" if task else "data",), " ".join(str(error).split())
         return
     if not rows:
         yield ("data",), "data is empty: its sources hold no rows"
     elif is_own(stage.reward) or stage.reward not in NOT_JUDGED:
-        yield from _tried_reward(recipe, stage, task, rows)
+        for few_rows in rows_to_try(stage, rows, task):
+            yield from _tried_reward(recipe, stage, task, few_rows)
 
 
 def _tried_reward(recipe: Recipe, stage: Rl, task: CertificateTask | None, rows: list[Row]) -> Found:
     reward = make_reward(stage, task, recipe.seed)
     try:
-        faults = list(faults_of_reward(reward, rows, right_forms(stage, rows, task)))
+        wrong = [] if task is None else wrong_texts(rows, task)
+        faults = list(faults_of_reward(reward, rows, right_forms(stage, rows, task), wrong))
     except RlError as error:  # of the guard: the reward cannot be sent to its workers
         faults = [str(error)]
     finally:

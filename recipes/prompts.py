@@ -12,22 +12,29 @@ from .schema import HubRows, RowSource
 TAKEN = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric", "environments")
 
 
-def read_prompts(sources: Iterable[RowSource], instruction: str | None = None) -> list[Row]:
+def read_prompts(sources: Iterable[RowSource], instruction: str | None = None, gold: str | None = None) -> list[Row]:
     """All rows of the sources, in order, each with a `prompt` (a string, or a list of messages) and other columns.
 
-    `instruction` is put after each prompt, on a line of its own; of messages, after the last one.
+    `instruction` is put after each prompt, on a line of its own; of messages, after the last one. `gold` is the column
+    that the reward cannot do without. All rows get the columns of all: None where a row has no such column.
 
     Raises:
-        DataSelectionError: a file or data set cannot be read, a row has no prompt, or a column has a name that TRL
-            uses itself; the place is named.
+        DataSelectionError: a file or data set cannot be read, a row has no prompt or no column `gold`, or a column
+            has a name that TRL uses itself; the place is named.
         ConnectionError: a data set of the Hub is neither here nor within reach.
     """
     rows = []
     for source in sources:
         for row, where in _rows(source):
             _check(row, where)
+            if gold is not None and gold not in row:
+                raise DataSelectionError(
+                    f"{where}: reward 'math' needs the data set's column {gold!r} with the gold answers, got the "
+                    f"columns {sorted(row)}; give all rows that column, or name another with reward_options"
+                )
             rows.append(row if instruction is None else {**row, "prompt": _instructed(row["prompt"], instruction)})
-    return rows
+    columns = dict.fromkeys(name for row in rows for name in row)
+    return [{name: row.get(name) for name in columns} for row in rows]
 
 
 def _rows(source: RowSource) -> Iterator[tuple[Row, str]]:

@@ -27,9 +27,10 @@ def make_reward(stage: Rl, task: CertificateTask | None, seed: int, control: str
 def monitored(reward: Reward, task: CertificateTask | None, own_task: bool) -> Reward:
     """The same pay, with the triplet of the task logged beside it.
 
-    The check of a task of the user's own is code that reads what a model wrote, so it goes into the guard, too.
+    The check of a task of the user's own is code that reads what a model wrote, so it goes into the guard, too. Reward
+    random has no guard: over such a task nothing is logged.
     """
-    if task is None:
+    if task is None or (own_task and isinstance(reward, RandomReward)):
         return reward
     if isinstance(reward, Guarded) and own_task:
         reward.reward = Monitored(reward.reward, task)  # its workers have not been started yet
@@ -45,11 +46,14 @@ def guard_of(reward: Reward) -> Guarded | None:
 
 def plain_reward(stage: Rl, task: CertificateTask | None, seed: int, control: str | None = None) -> Reward:
     """The reward function without a guard."""
+    own_task = stage.task is not None and is_own(stage.task.name)
+    options = dict(stage.reward_options)
+    if control == "random" and own_task:
+        return RandomReward(seed)  # the stream of reward random, without the task's code that reads completions
     if control is not None:
         if task is not None:
             return CertificateReward(task, control, seed=seed)
         return RandomReward(seed) if control == "random" else BoxedFormat()
-    options = dict(stage.reward_options)
     if is_own(stage.reward):
         return _own(stage.reward, options)
     if stage.reward == "math":
@@ -58,6 +62,8 @@ def plain_reward(stage: Rl, task: CertificateTask | None, seed: int, control: st
         raise RlError(f"reward {stage.reward!r} needs a task; over data give math, or your own package.module:name")
     if stage.reward == "random":
         options.setdefault("seed", seed)
+        if own_task:
+            return _built(RandomReward, options, stage.reward)
     return _built(CertificateReward, options, stage.reward, task, stage.reward)
 
 

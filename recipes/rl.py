@@ -43,7 +43,8 @@ def training_rows(stage: Rl, seed: int) -> Dataset:
         ConnectionError: a data set of the Hub is neither here nor within reach.
     """
     if stage.task is None:
-        return Dataset.from_list(read_prompts(stage.data or (), stage.instruction))
+        gold = str(stage.reward_options.get("column", "answer")) if stage.reward == "math" else None
+        return Dataset.from_list(read_prompts(stage.data or (), stage.instruction, gold))
     task = make_task(stage.task)
     return task.dataset(stage.instances, stage.task.n, seed, "train", stage.task.discriminating, stage.hints)
 

@@ -3,14 +3,26 @@
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, PrivateAttr, Tag
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    PrivateAttr,
+    Tag,
+    ValidationInfo,
+    model_validator,
+)
 
-from .own import is_own
+from .own import ALLOW_LATER, is_own, not_allowed
 from .trainer_args import CreditArgs, GrpoTrainerArgs, GuardArgs, RiskArgs, SftTrainerArgs
 from .yaml12 import Document
 
 # Two forms of a name: one of those that come with krontune, or code of the user's own.
 OWN = r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*$"
+ALLOWED = rf"{OWN}|^[^\s:]+$"  # or the name of a model
 OwnPath = Annotated[str, Field(pattern=OWN)]
 
 
@@ -30,7 +42,7 @@ class BaseModelSection(Section):
     revision: str | None = None
     """Of a Hub model."""
     trust_remote_code: bool = False
-    """Run the Python code that the model's repository brings along."""
+    """Run the Python code that the model's repository brings along; allow has to list the model."""
     attn_implementation: str | None = None
     """sdpa, eager, flash_attention_2...; null takes the choice of transformers."""
     dense_generation: bool = False
@@ -373,12 +385,20 @@ class Recipe(Section):
     """One line, shown by `krontune recipes`."""
     seed: int = Field(default=0, ge=0, lt=2**32)
     """Of data selection, initialisation, batches and sampling."""
-    allow: list[OwnPath] = []
-    """Code of your own that this recipe may import and run, each package.module:name."""
+    allow: list[Annotated[str, Field(pattern=ALLOWED)]] = []
+    """Code that this recipe may import and run: your own, each package.module:name, and the model of base where
+    trust_remote_code is true."""
     base: BaseModelSection
     stages: Annotated[list[Stage], Field(min_length=1)]
 
     _document: Document | None = PrivateAttr(None)
+
+    @model_validator(mode="after")
+    def _names_only_what_it_allows(self, info: ValidationInfo) -> "Recipe":
+        faults = [] if info.context is ALLOW_LATER else [message for _, message in not_allowed(self)]
+        if faults:
+            raise ValueError("; ".join(faults))
+        return self
 
     def where(self, path: Sequence[str | int]) -> str:
         """Where a key was written, "file:line:column"; its dotted path for a recipe made in Python."""

@@ -4,6 +4,7 @@ import random
 import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from math import isfinite
 from typing import Any
 from zlib import crc32
 
@@ -238,9 +239,10 @@ class MathReward:
     a box that states a relation where the gold answer has none (`5=3`, `x\in\{3\}`) earns 0, except for one
     name in front (`x=3`). Left as they are: unevaluated sums and integrals count as their value.
 
-    A call returns 1.0, 0.0, or None where math-verify cannot read the gold answer, so that TRL leaves the row
-    out. Raises RlError without the column or the extra, and for a gold answer that is a list of numbers:
-    math-verify compares lists as sets, so an order or a repetition would not count.
+    A call returns 1.0, 0.0, or None where the gold answer is missing, is neither text nor a finite number, or cannot
+    be read by math-verify, so that TRL leaves the row out. Raises RlError without the column or the extra, and for a
+    gold answer that is a list of numbers: math-verify compares lists as sets, so an order or a repetition would not
+    count.
     """
 
     def __init__(self, column: str = "answer"):
@@ -262,7 +264,7 @@ class MathReward:
         if self.column not in columns:
             raise RlError(f"reward 'math' needs the data set's column {self.column!r} with the gold answers")
         return [
-            self._one(str(gold), completion_text(completion))
+            self._one(str(gold), completion_text(completion)) if _is_gold(gold) else None
             for gold, completion in zip(columns[self.column], completions, strict=True)
         ]
 
@@ -292,6 +294,13 @@ class MathReward:
                 return 0.0
         found = parse(f"\\boxed{{{box}}}", **how)
         return float(bool(found) and verify(truth, found, timeout_seconds=None))
+
+
+def _is_gold(value: Any) -> bool:
+    """Whether it can be an answer: text or a finite number, and no None, which str() would make a word of."""
+    if isinstance(value, float):
+        return isfinite(value)
+    return isinstance(value, (str, int)) and not isinstance(value, bool)
 
 
 class RandomReward:

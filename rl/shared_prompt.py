@@ -125,8 +125,8 @@ def refuse_leaks(model: Any) -> None:
     """Look whether completions on one line are blind to each other in this model.
 
     Raises:
-        RlError: the attention takes no mask of its own, some layers are no full attention, or a completion's result
-            changed with its neighbour's tokens.
+        RlError: the attention takes no mask of its own, some layers are no full attention or have a window, or a
+            completion's result changed with its neighbour's tokens.
     """
     config = model.config.get_text_config()
     chosen = config._attn_implementation
@@ -135,6 +135,13 @@ def refuse_leaks(model: Any) -> None:
     others = {kind for kind in getattr(config, "layer_types", None) or () if kind != "full_attention"}
     if others:
         raise RlError(f"share_prompts needs full attention in every layer, and the model has {', '.join(others)}")
+    window = getattr(config, "sliding_window", None)
+    if window is not None and not getattr(config, "layer_types", None) and getattr(config, "use_sliding_window", True):
+        # A mask of one's own takes the place of the window, and the check below is too short to see it.
+        raise RlError(
+            f"share_prompts needs full attention in every layer, and the model has sliding_window {window}; set "
+            "share_prompts to false"
+        )
     device = next(model.parameters()).device
     prompt, ones = torch.tensor([[1, 2], [1, 2]], device=device), torch.ones(2, 2, dtype=torch.long, device=device)
     seen = []

@@ -13,9 +13,10 @@ from krontune.recipes.faults import RecipeError
 from krontune.recipes.loader import load
 from krontune.recipes.preflight import check
 from krontune.recipes.rewards import guard_of, make_reward, monitored
-from krontune.recipes.rl import make_credit, make_task
+from krontune.recipes.rl import make_credit, make_task, training_rows
 from krontune.recipes.run_folder import recipe_text
-from krontune.rl import Guarded, TokenCredit
+from krontune.recipes.schema import Recipe
+from krontune.rl import CertificateReward, Guarded, TokenCredit
 
 PAGE = Path(__file__).parents[2] / "docs" / "tasks.md"
 WORDS = ["cat", "dog", "owl", "ant", "bee"]
@@ -120,6 +121,29 @@ def test_code_that_the_recipe_does_not_allow_is_refused_with_what_to_add_and_not
     assert "shout" not in sys.modules
 
 
+def test_a_recipe_made_in_python_is_held_to_what_it_allows_too(shout, tmp_path):
+    recipe = load(shout)
+    data = recipe.model_dump(exclude_unset=True)
+    with pytest.raises(ValueError, match=r"add at the top level: allow: \['shout:Shout'\]"):
+        Recipe.model_validate({**data, "allow": []})
+    sys.modules.pop("shout", None)
+    copied = recipe.model_copy(update={"allow": []})  # which pydantic does not validate
+    [fault] = check(copied)
+    assert "add at the top level" in fault.message
+    with pytest.raises(RecipeError, match="add at the top level"):
+        chain.run(copied, tmp_path / "run")
+    assert "shout" not in sys.modules and not (tmp_path / "run").exists()
+
+
+def test_the_code_of_a_models_repository_is_run_only_where_the_recipe_allows_it(small):
+    trusting = ["base.model=some/model", "base.trust_remote_code=true"]
+    with pytest.raises(RecipeError, match=r"trust_remote_code.*: true runs .* allow: \['some/model'\]"):
+        load(small, trusting)
+    assert load(small, [*trusting, "allow=[some/model]"]).base.trust_remote_code
+    with pytest.raises(RecipeError, match="allow"):
+        load(small, ["allow=['not a name']"])
+
+
 @pytest.mark.parametrize(
     ("name", "fault"),
     [
@@ -168,6 +192,20 @@ def test_own_tasks_are_marked_inside_the_guard_and_shipped_ones_outside(small, t
         task = make_task(stage.task)
         reward = monitored(make_reward(stage, task, 0), task, inside)
         assert isinstance(reward, Guarded) == inside and guard_of(reward) is not None
+
+
+@pytest.mark.parametrize(("reward", "control"), [("random", None), ("certificate", "random")])
+def test_random_pay_runs_no_code_of_an_own_task_on_what_a_model_wrote(small, monkeypatch, reward, control):
+    own = ["allow=['krontune.rl.tasks.lis:Lis']", "stages.rl.task.name=krontune.rl.tasks.lis:Lis"]
+    stage = load(small, [*own, f"stages.rl.reward={reward}"]).stage("rl")
+    task = make_task(stage.task)
+    rows = training_rows(stage, 0)
+    expected = CertificateReward("lis", "random", seed=3)(completions=["x"] * 8, instance=rows["instance"])
+    monkeypatch.setattr(type(task), "parse", lambda self, text: pytest.fail("the task read a completion"))
+    paid = monitored(make_reward(stage, task, 3, control), task, own_task=True)(
+        completions=["x"] * 8, instance=rows["instance"], log_metric=lambda name, value: None
+    )
+    assert paid == expected
 
 
 def test_controls_run_the_stage_again_and_are_verified(small, tmp_path, monkeypatch):

@@ -57,3 +57,9 @@ def test_guarded_it_outlives_a_power_tower():
         assert guarded(completions=texts, answer=["3"] * 3) == [1.0, None, 0.0]
     finally:
         guarded.close()
+
+
+@pytest.mark.parametrize("gold", [None, True, [], float("nan")])
+def test_a_row_without_a_gold_answer_is_left_out(gold):
+    paid = MathReward()(completions=["\\boxed{None}", "\\boxed{2}"], answer=[gold, 2])
+    assert paid == [None, 1.0]

@@ -122,6 +122,9 @@ def test_what_cannot_keep_completions_apart_is_refused():
         model: Any = MistralForCausalLM(MistralConfig(**SIZES, sliding_window=4))
         model.config.layer_types = ["full_attention", "sliding_attention"]
         refuse_leaks(model)
+    with pytest.raises(RlError, match="sliding_window 4"):
+        refuse_leaks(MistralForCausalLM(MistralConfig(**SIZES, sliding_window=4, attn_implementation="eager")))
+    refuse_leaks(MistralForCausalLM(MistralConfig(**SIZES, sliding_window=None, attn_implementation="eager")))
     model = llama()
     refuse_leaks(model)
     layer = model.model.layers[0]
