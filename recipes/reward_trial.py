@@ -8,6 +8,7 @@ from typing import Any
 
 from ..rl import CertificateTask, Guarded
 from ..rl.evaluation import completion_text
+from ..rl.rewards import final_answer
 from ..rl.tasks.base import Instance
 from .own import is_own
 from .rows import Row
@@ -83,8 +84,10 @@ def right_forms(stage: Rl, rows: Sequence[Row], task: CertificateTask | None) ->
     if column is None or not all(row.get(column) is not None for row in rows):
         return []
     golds = [str(row[column]) for row in rows]
+    if not is_own(stage.reward):
+        return [[f"\\boxed{{{final_answer(gold)}}}" for gold in golds]]
     boxed = [gold if "\\boxed{" in gold else f"\\boxed{{{gold.strip().strip('$')}}}" for gold in golds]
-    return [boxed] if not is_own(stage.reward) else [golds, boxed, [f"<answer>{gold}</answer>" for gold in golds]]
+    return [golds, boxed, [f"<answer>{gold}</answer>" for gold in golds]]
 
 
 def _gold_column(rows: Sequence[Row]) -> str | None:

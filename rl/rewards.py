@@ -231,7 +231,8 @@ _NAMING = re.compile(r"^\s*[A-Za-z]\s*=")
 class MathReward:
     r"""1 where math-verify finds the last `\boxed{...}` equal to the row's gold answer, for data with such a column.
 
-    column: where the gold answer stands: LaTeX, or a bare number. Needs the extra `math`.
+    column: where the gold answer stands: LaTeX, a bare number, or a solution that ends in one, see `final_answer`.
+    Needs the extra `math`.
 
     math-verify has no time limit outside the main thread, and one completion like `\boxed{9^{9^{9^9}}}`
     freezes the process: always run it as `Guarded(MathReward())`. Stricter than math-verify where it was
@@ -273,8 +274,7 @@ class MathReward:
             from math_verify import LatexExtractionConfig, parse, verify
         except ImportError as error:
             raise RlError("reward 'math' needs math-verify: pip install krontune[math]") from error
-        boxes = _boxes(gold)
-        gold = boxes[-1] if boxes else gold.strip().strip("$")
+        gold = final_answer(gold)
         if _LIST.fullmatch(gold.strip()) and not _THOUSANDS.fullmatch(gold.strip()):
             raise RlError(
                 f"the gold answer {gold!r} is a list, which math-verify compares as a set: use another reward"
@@ -294,6 +294,24 @@ class MathReward:
                 return 0.0
         found = parse(f"\\boxed{{{box}}}", **how)
         return float(bool(found) and verify(truth, found, timeout_seconds=None))
+
+
+def final_answer(gold: str) -> str:
+    r"""The answer of a gold text: its last `\boxed{...}`, else what follows its last `####` (as in GSM8K), else all.
+
+    Raises RlError for a text of several lines that marks no answer so: read as one expression it would pay at random.
+    """
+    boxes = _boxes(gold)
+    if boxes:
+        return boxes[-1]
+    _, mark, last = gold.rpartition("####")
+    answer = (last if mark else gold).strip().strip("$")
+    if "\n" in answer:
+        raise RlError(
+            f"the gold answer {answer[:80]!r} is a text of several lines; give the answer alone, or mark it with "
+            "\\boxed{...} or ####"
+        )
+    return answer
 
 
 def _is_gold(value: Any) -> bool:

@@ -32,11 +32,14 @@ def symmetry(
     control), for each symmetry `consistent`, `accuracy` on its instances and `shortcut` (right on the
     original, wrong on its twin), and the accuracy on the originals.
     Source of the idea: Helff et al., arXiv 2604.15149; the control is ours.
-    Raises RlError for unknown names and for no symmetries.
+    Not run for a task without symmetries. Raises RlError for names that the task does not have.
     """
     chosen = list(task.symmetries) if names is None else list(names)
-    if not chosen or set(chosen) - set(task.symmetries):
-        raise RlError(f"unknown symmetries {chosen}; task {task.name!r} has {', '.join(task.symmetries)}")
+    if unknown := sorted(set(chosen) - set(task.symmetries)):
+        has = ", ".join(task.symmetries) or "none"
+        raise RlError(f"unknown symmetries {', '.join(unknown)}; task {task.name!r} has {has}")
+    if not chosen:
+        return not_run("symmetry", f"task {task.name!r} names no symmetries", len(instances))
     originals, _ = read(task, instances, [None] * len(instances))
     twins, maps = [], []
     for name in chosen:

@@ -172,6 +172,13 @@ def test_a_heuristic_that_is_the_algorithm_counts_as_truth():
     assert result.details["merged"] == ["solver"] and result.details["weights"]["truth"] == pytest.approx(1.0)
 
 
+def test_symmetry_is_not_run_for_a_task_that_names_none(monkeypatch):
+    monkeypatch.setattr(type(LIS), "symmetries", {})
+    assert checks.symmetry(LIS, INSTANCES[:4], POLICIES["perfect"]).verdict == "not run"
+    with pytest.raises(RlError, match="unknown symmetries mirror; task 'lis' has none"):
+        checks.symmetry(LIS, INSTANCES[:4], POLICIES["perfect"], names=["mirror"])
+
+
 def test_symmetry_holds_for_the_solver_breaks_for_shortcuts_and_forgives_noise():
     perfect = checks.symmetry(LIS, INSTANCES, POLICIES["perfect"])
     assert (perfect.value, perfect.verdict, perfect.n) == (1.0, "pass", 96)

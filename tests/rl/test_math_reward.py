@@ -30,6 +30,8 @@ REWARD = MathReward()
         ("3", r"\boxed{x\in\{3\}}", 0.0),
         ("3", r"\boxed{3", 0.0),
         ("3", "", 0.0),
+        ("two and three\n#### 5", r"\boxed{5}", 1.0),
+        ("two and three\n#### 5", r"\boxed{3}", 0.0),
         ("", r"\boxed{3}", None),
     ],
 )
@@ -41,6 +43,11 @@ def test_a_box_is_paid_for_the_gold_answer_alone(gold, text, paid):
 def test_lists_are_refused(gold):
     with pytest.raises(RlError, match="as a set"):
         REWARD(completions=[r"\boxed{2,4,5}"], answer=[gold])
+
+
+def test_a_solution_that_marks_no_answer_is_refused():
+    with pytest.raises(RlError, match="several lines"):
+        REWARD(completions=[r"\boxed{5}"], answer=["two and three\nmake 5"])
 
 
 def test_the_column_is_named_and_must_be_there():
