@@ -65,8 +65,19 @@ def run_select(recipe: Recipe, stage: Select, run: RunFolder) -> None:
     if unique is not None:
         facts["duplicates"] = {"pool": unique.pool_size, "kept": len(unique), **unique.details}
     if stage.push is not None:
-        facts["pushed"] = picked.push_to_hub(stage.push, pool=_Published(picked, stage), dsir=dsir)
+        facts["pushed"] = _pushed(picked, stage, dsir)
     run.finish("select", **facts)
+
+
+def _pushed(picked: Selection, stage: Select, dsir: Dsir) -> str:
+    assert stage.push is not None
+    try:
+        return picked.push_to_hub(stage.push, pool=_Published(picked, stage), dsir=dsir)
+    except Exception as error:  # the Hub's and the network library's own errors, which differ between their versions
+        raise RunError(
+            f"select: the picks are written, but were not pushed to {stage.push!r}: {' '.join(str(error).split())}; "
+            "look at the network and at your login, then run again: it goes on with the scores that are there"
+        ) from error
 
 
 def selected_rows(run: RunFolder, control: bool = False) -> list[Row]:

@@ -294,6 +294,19 @@ def test_the_picks_are_pushed_where_the_recipe_says_so(data, monkeypatch):
     assert pushed == [("me/picks", 30)] and facts["pushed"] == "address"
 
 
+def test_a_push_that_fails_says_so_and_the_next_run_goes_on(data, monkeypatch):
+    def offline(*args, **options):
+        raise ConnectionError("Name or service not known")
+
+    monkeypatch.setattr(Selection, "push_to_hub", offline)
+    with pytest.raises(RunError, match="not pushed to 'me/picks': Name or service not known"):
+        select_in(data, f"{BASE}; k: 30; push: me/picks")
+    monkeypatch.setattr(Selection, "push_to_hub", lambda *args, **options: "address")
+    monkeypatch.setattr(Dsir, "fit", None)  # is not needed again
+    _, facts = select_in(data, f"{BASE}; k: 30; push: me/picks")
+    assert facts["pushed"] == "address"
+
+
 def test_pushed_rows_name_the_file_and_not_its_folder(data, monkeypatch):
     pushed = []
     monkeypatch.setattr(

@@ -173,7 +173,7 @@ def test_a_heuristic_that_is_the_algorithm_counts_as_truth():
 
 
 def test_symmetry_is_not_run_for_a_task_that_names_none(monkeypatch):
-    monkeypatch.setattr(type(LIS), "symmetries", {})
+    monkeypatch.setattr(LIS, "symmetries", {})
     assert checks.symmetry(LIS, INSTANCES[:4], POLICIES["perfect"]).verdict == "not run"
     with pytest.raises(RlError, match="unknown symmetries mirror; task 'lis' has none"):
         checks.symmetry(LIS, INSTANCES[:4], POLICIES["perfect"], names=["mirror"])
