@@ -2,13 +2,17 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint bench conformance clean install
+.PHONY: demo test test-slow lint bench conformance clean install
 
 demo: install
 	$(BIN)/krontune run quickstart
 
 test: install lint
-	$(BIN)/pytest
+	$(BIN)/pytest -m "not slow"
+
+# The tests that take long, and are left out above.
+test-slow: install
+	$(BIN)/pytest -m slow
 
 lint: install
 	$(BIN)/ruff check .
