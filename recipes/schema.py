@@ -351,6 +351,7 @@ class Verify(Section):
             "verifier",
             "heuristics",
             "shortcut_ceiling",
+            "headroom",
             "contamination",
             "triplet",
             "attribution",

@@ -54,7 +54,7 @@ def run_verify(recipe: Recipe, stage: Verify, run: RunFolder, adapters: list[str
 
     found |= after_answers(recipe, stage, said)
     order = dict.fromkeys(one for name in stage.checks for one in (ALL if name == "all" else (name,)))
-    order |= dict.fromkeys(found)  # headroom, which is made without being asked for
+    order |= dict.fromkeys(found)  # headroom, which may be made without being asked for
     ordered = [result for name in order for result in found[name]]
     models = {name: score(task, instances, answers).to_dict() for name, answers in said.greedy.items()}
     right = {

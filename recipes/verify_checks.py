@@ -100,7 +100,7 @@ def while_loaded(recipe: Recipe, stage: Verify, run: Path, said: Answers, model:
 def after_answers(recipe: Recipe, stage: Verify, said: Answers) -> Found:
     """The checks of the task, of the last model's answers, and of the models against each other.
 
-    `headroom` is made wherever samples were drawn and an rl stage could have learned from them.
+    `headroom` is made, asked for or not, wherever samples were drawn.
     """
     task, n = said.task, said.n
     made = cache(lambda: _reward(recipe, stage, task))
@@ -127,7 +127,7 @@ def after_answers(recipe: Recipe, stage: Verify, said: Answers) -> Found:
             guard.close()
     if wanted(stage, ["base_vs_tuned"]):
         found["base_vs_tuned"] = _base_vs_tuned(said)
-    if stage.checks and stage.samples or "all" in stage.checks:
+    if stage.checks and stage.samples or wanted(stage, ["headroom"]):
         found["headroom"] = [_tried("headroom", lambda: _headroom(recipe, said))]
     return found
 

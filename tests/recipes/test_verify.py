@@ -282,6 +282,13 @@ def test_headroom_is_told_of_the_model_that_rl_began_with(run, recipe, monkeypat
     assert (found["details"]["model"], found["value"], found["details"]["group_size"]) == ("sft", 1.0, 4)
 
 
+def test_headroom_that_is_asked_for_without_samples_says_what_to_set(run, recipe, monkeypatch):
+    policies = {"base": "mute", "sft": "greedy_first", "rl": "solve"}
+    small = ("stages.verify.checks=[headroom]", "stages.verify.samples=0")
+    [found] = by_name(put_through(run, recipe, monkeypatch, policies, *small))["headroom"]
+    assert (found["verdict"], found["details"]["reason"]) == ("not run", "no samples were drawn; set samples")
+
+
 def test_votes_are_on_the_stated_ids_and_any_optimum_may_win():
     task = get_task("lis", unique=False)
     tied = task.instance([2, 1, 4, 3])  # four optima of two rows
