@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from .figures import ASKS, check_name, heuristic_name, model_name, number, rate
+from .figures import ASKS, COLUMNS, cells, check_name, heuristic_name, model_name, number
 from .run_report import RunFiles
 
 CARD = "README.md"
@@ -90,15 +90,15 @@ def _results(run: RunFiles) -> list[str]:
     if result is None:
         return ["## Results\n\nThis run did not verify its models."]
     task = result["task"]
-    keys = ("answer", "certificate", "gap", "parse_failure")
-    rows = [[model_name(name), *(rate(one[key]) for key in keys)] for name, one in result["models"].items()]
-    rows += [[heuristic_name(name), *(rate(one[key]) for key in keys)] for name, one in result["heuristics"].items()]
+    rows = [[model_name(name), *cells(one)] for name, one in result["models"].items()]
+    rows += [[heuristic_name(name), *cells(one)] for name, one in result["heuristics"].items()]
     about = (
         f"{result['instances']} held-out instances of {task['name']}, {task['n'][0]} to {task['n'][1]} rows, greedy "
         f"answers, one training run with seed {run.record['seed']}; in brackets 95 % intervals over instances. "
-        "Certificate: the chosen rows are feasible and optimal. Gap: right answers that no certificate backs."
+        "Certificate: the chosen rows are feasible and optimal. Gap: right answers that no certificate backs. "
+        "Solution: how probably sampling writes the worked one."
     )
-    head = ["", "answer", "certificate", "gap", "unreadable"]
+    head = ["", *COLUMNS.values()]
     return [f"## Results\n\n{about}\n\n{_table(head, rows)}"]
 
 

@@ -8,7 +8,7 @@ from rich.table import Table
 
 from ..data_selection.selection import write_atomic
 from .card import CARD, model_card
-from .figures import check_name, model_name, rate
+from .figures import COLUMNS, check_name, model_name, rate
 from .page import comparison_page, run_page
 from .run_report import RunFiles, read_run, write_report
 from .training import ADAPTER
@@ -72,8 +72,9 @@ def _column(run: RunFiles) -> dict[str, str]:
         task = run.verify["task"]
         found["task"] = f"{task['name']}, n {task['n'][0]} to {task['n'][1]}, {run.verify['instances']} instances"
         for name, scores in run.verify["models"].items():
-            for key in ("answer", "certificate", "gap"):
-                found[f"{key}, {model_name(name)}"] = rate(scores[key])
+            for key, heading in COLUMNS.items():
+                if key in scores:
+                    found[f"{heading}, {model_name(name)}"] = rate(scores[key])
     for one in run.report["checks"]:
         value = "" if one["value"] is None else f" {one['value']:.2f}"
         found[f"{check_name(one)} ({one['stage']})"] = one["verdict"] + value

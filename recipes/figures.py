@@ -1,6 +1,6 @@
 """Numbers and words of the reports, the same on the terminal, on the page and on the card."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 STAGE_NAMES = {"base": "base model", "sft": "after sft", "rl": "after rl"}
@@ -30,6 +30,21 @@ ASKS = {
     "early_answering": "How much does the reasoning add to answering at once?",
     "self_explanation": "Does the answer hang on the rows that it names?",
 }
+
+
+# Of the scores of a model or heuristic: key and heading. Solution: the probability that sampling writes the worked one.
+COLUMNS = {
+    "answer": "answer",
+    "certificate": "certificate",
+    "gap": "gap",
+    "parse_failure": "unreadable",
+    "solution": "solution",
+}
+
+
+def cells(scores: Mapping[str, Any], columns: Iterable[str] = tuple(COLUMNS)) -> list[str]:
+    """Each column with its interval; nothing where it was not measured."""
+    return [rate(scores[key]) if key in scores else "" for key in columns]
 
 
 def model_name(name: str) -> str:

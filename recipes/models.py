@@ -11,6 +11,7 @@ from peft import PeftModel
 
 from ..data_selection.selection import write_atomic
 from ..rl.generation import generate
+from ..rl.likelihood import answer_probabilities
 from .progress import Progress
 from .schema import Recipe, Verify
 from .training import ADAPTER
@@ -65,29 +66,56 @@ class Model:
             "starts": starts,
             "chat": chat,
         }
-        asked = json.dumps([list(prompts), list(room), settings])
+
+        def say() -> list[str]:
+            model, tokenizer = self.loaded
+            if room:
+                settings["max_new_tokens"] = max(self.stage.max_new_tokens, longest_in_tokens(tokenizer, room) + SPARE)
+            progress = Progress(f"verify {self.name}, {label}", len(prompts), "answer")
+            said = generate(
+                model,
+                tokenizer,
+                prompts,
+                batch_size=self.stage.batch_size,
+                on_batch=progress.update,
+                seed=self.stage.seed,
+                **settings,
+            )
+            progress.close()
+            return said
+
+        return self._once(label, [list(prompts), list(room), settings], say)
+
+    def probabilities(self, prompts: Sequence[Any], answers: Sequence[str]) -> list[float]:
+        """How probable each answer is, by `krontune.rl.likelihood.answer_probabilities`."""
+
+        def weigh() -> list[float]:
+            model, tokenizer = self.loaded
+            progress = Progress(f"verify {self.name}, solutions", len(prompts), "solution")
+            found = answer_probabilities(
+                model,
+                tokenizer,
+                prompts,
+                answers,
+                batch_size=self.stage.batch_size,
+                dense=self.dense,
+                on_batch=progress.update,
+            )
+            progress.close()
+            return found
+
+        return self._once("solutions", [list(prompts), list(answers), {"dense": self.dense}], weigh)
+
+    def _once(self, label: str, question: Any, way: Callable[[], Any]) -> Any:
         digest = self.weights.copy()
-        digest.update(asked.encode())
+        digest.update(json.dumps(question).encode())
         file = self.answers / f"{self.name}-{label.replace(' ', '-')}-{digest.hexdigest()[:16]}.json"
         if file.is_file():
             return json.loads(file.read_text(encoding="utf-8"))
-        model, tokenizer = self.loaded
-        if room:
-            settings["max_new_tokens"] = max(self.stage.max_new_tokens, longest_in_tokens(tokenizer, room) + SPARE)
-        progress = Progress(f"verify {self.name}, {label}", len(prompts), "answer")
-        said = generate(
-            model,
-            tokenizer,
-            prompts,
-            batch_size=self.stage.batch_size,
-            on_batch=progress.update,
-            seed=self.stage.seed,
-            **settings,
-        )
-        progress.close()
+        found = way()
         self.answers.mkdir(exist_ok=True)
-        write_atomic(file, json.dumps(said).encode())
-        return said
+        write_atomic(file, json.dumps(found).encode())
+        return found
 
     def close(self) -> None:
         """Give the base its own layers back."""

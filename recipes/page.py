@@ -13,7 +13,7 @@ from ..data_selection import DataSelectionError, Selection
 from ..rl.checks import CheckResult
 from ..rl.checks.svg import lines, pictures
 from .card import masked
-from .figures import ASKS, check_name, heuristic_name, model_name, number, rate
+from .figures import ASKS, COLUMNS, cells, check_name, heuristic_name, model_name, number
 from .run_report import RunFiles
 from .select import SELECTED
 
@@ -126,12 +126,12 @@ def _models(run: RunFiles) -> Iterator[str]:
         f"<p>{_escaped(result['instances'])} held-out {_escaped(task['name'])} instances of {_escaped(low)} to "
         f"{_escaped(high)} rows, one greedy answer each; 95 % intervals; weights {_escaped(result['weights'])}. "
         "Answer: the stated result is right. "
-        "Certificate: the chosen rows are feasible and optimal. Gap: right answers that no certificate backs.</p>"
+        "Certificate: the chosen rows are feasible and optimal. Gap: right answers that no certificate backs. "
+        "Solution: how probably sampling writes the worked one.</p>"
     )
-    keys = ("answer", "certificate", "gap", "parse_failure")
-    rows = [[model_name(name), *(rate(one[key]) for key in keys)] for name, one in result["models"].items()]
-    floors = [[heuristic_name(name), *(rate(one[key]) for key in keys)] for name, one in result["heuristics"].items()]
-    yield _table(["", "answer", "certificate", "gap", "unreadable"], [*rows, *floors], strong=len(rows))
+    rows = [[model_name(name), *cells(one)] for name, one in result["models"].items()]
+    floors = [[heuristic_name(name), *cells(one)] for name, one in result["heuristics"].items()]
+    yield _table(["", *COLUMNS.values()], [*rows, *floors], strong=len(rows))
     samples = result.get("samples") or {}
     if samples:
         yield f"<h3>{_escaped(max(next(iter(samples.values()))['pass_answer']['k']))} samples an instance</h3>"

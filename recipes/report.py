@@ -6,9 +6,11 @@ from rich.console import Console
 from rich.table import Table
 
 from .chain import Run
-from .figures import check_name, heuristic_name, model_name, number, rate
+from .figures import COLUMNS, cells, check_name, heuristic_name, model_name, number
 from .verify import verification
 
+# The solution stands in the lines of changes; as a column it would make the table wider than most terminals.
+SHOWN = {key: heading for key, heading in COLUMNS.items() if key != "solution"}
 FILE_WIDTH = 120  # of a pipe or a file, which has none of its own; the widest table needs 118
 
 
@@ -66,20 +68,24 @@ def _verification(result: dict[str, Any]) -> Table:
     )
     table = Table(title=title, title_justify="left")
     table.add_column("")
-    for column in ("answer", "certificate", "gap", "parse failures"):
+    for column in SHOWN.values():
         table.add_column(column, justify="right")
     for name, scores in result["models"].items():
-        table.add_row(model_name(name), *_cells(scores), style="bold" if name != "base" else None)
+        table.add_row(model_name(name), *cells(scores, SHOWN), style="bold" if name != "base" else None)
     table.add_section()
     for name, scores in result["heuristics"].items():
-        table.add_row(heuristic_name(name), *_cells(scores))
+        table.add_row(heuristic_name(name), *cells(scores, SHOWN))
     return table
 
 
 def _change(change: dict[str, Any]) -> str:
     after, before = (model_name(change[key]) for key in ("to", "from"))
     interval = f"[{change['low']:+.2f}, {change['high']:+.2f}]"
-    return f"certificate, {after} less {before}: {change['value']:+.2f} {interval}, paired over {change['n']} instances"
+    line = f"certificate, {after} less {before}: {change['value']:+.2f} {interval}, paired over {change['n']} instances"
+    sure = change.get("solution")  # runs of older versions have none
+    if sure is None:
+        return line
+    return f"{line}; solution {sure['value']:+.3f} [{sure['low']:+.3f}, {sure['high']:+.3f}]"
 
 
 def _checks(results: list[dict[str, Any]]) -> Table:
@@ -91,7 +97,3 @@ def _checks(results: list[dict[str, Any]]) -> Table:
         threshold = number(one["threshold"])
         table.add_row(check_name(one), number(one["value"], one["ci"]), threshold, str(one["n"]), one["verdict"])
     return table
-
-
-def _cells(scores: dict[str, Any]) -> list[str]:
-    return [rate(scores[key]) for key in ("answer", "certificate", "gap", "parse_failure")]

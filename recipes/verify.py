@@ -1,15 +1,17 @@
 """The verify stage: every model of the run on the same held-out instances, beside the known heuristics."""
 
 import json
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from ..data_selection.selection import write_atomic
 from ..rl import checks, heuristic_table, score
 from ..rl.evaluation import mark_all
 from ..rl.plots import draw_completion
-from ..rl.statistics import paired_difference
+from ..rl.statistics import bootstrap_interval, paired_difference
 from .models import Model
 from .rl import make_credit, make_task
 from .rows import fingerprint
@@ -37,10 +39,12 @@ def run_verify(recipe: Recipe, stage: Verify, run: RunFolder, adapters: list[str
     last = [name for name in names if "-" not in name][-1]  # no control
     said = Answers(task, settings.n, instances, last)
     found, picture = {}, None
-    prompts = [task.prompt(instance) for instance in instances]
+    prompts, solutions = [task.prompt(one) for one in instances], [task.completion(one) for one in instances]
+    sure = {}
     for name in names:
         model = Model.of_stage(name, recipe, stage, run.path, folder / ANSWERS, base)
         said.greedy[name] = model.ask("greedy", prompts)
+        sure[name] = model.probabilities(prompts, solutions)
         if stage.samples:
             repeated = [prompt for prompt in prompts for _ in range(stage.samples)]
             drawn = model.ask("samples", repeated, temperature=stage.temperature)
@@ -56,7 +60,10 @@ def run_verify(recipe: Recipe, stage: Verify, run: RunFolder, adapters: list[str
     order = dict.fromkeys(one for name in stage.checks for one in (ALL if name == "all" else (name,)))
     order |= dict.fromkeys(found)  # headroom, which may be made without being asked for
     ordered = [result for name in order for result in found[name]]
-    models = {name: score(task, instances, answers).to_dict() for name, answers in said.greedy.items()}
+    models = {
+        name: {**score(task, instances, answers).to_dict(), "solution": _mean(sure[name])}
+        for name, answers in said.greedy.items()
+    }
     right = {
         name: [mark.certificate_right for mark in mark_all(task, instances, answers)]
         for name, answers in said.greedy.items()
@@ -66,7 +73,7 @@ def run_verify(recipe: Recipe, stage: Verify, run: RunFolder, adapters: list[str
         "instances": len(instances),
         "weights": "dense, de-quantised and merged" if recipe.base.dense_generation else "as loaded",
         "models": models,
-        "changes": _changes(right),
+        "changes": _changes(right, sure),
         "heuristics": {name: one.to_dict() for name, one in heuristic_table(task, instances).items()},
         "samples": curves(said),
         "temperature": stage.temperature,
@@ -79,10 +86,11 @@ def run_verify(recipe: Recipe, stage: Verify, run: RunFolder, adapters: list[str
     run.finish("verify", certificate={name: value["certificate"]["value"] for name, value in models.items()})
 
 
-def _changes(right: dict[str, list[bool]]) -> list[dict[str, Any]]:
-    """How the certificates of a stage differ from those of the stage before it and of its control.
+def _changes(right: dict[str, list[bool]], sure: dict[str, list[float]]) -> list[dict[str, Any]]:
+    """How a stage differs from the one before it and from its control: in certificates, and in `solution`, the
+    probability of the worked solution.
 
-    right: one flag an instance, the same instances for every model. The intervals are of a paired bootstrap.
+    right, sure: one value an instance, the same instances for every model. The intervals are of a paired bootstrap.
     """
     stages = [name for name in right if "-" not in name]
     pairs = [*zip(stages[:-1], stages[1:], strict=True)]
@@ -90,8 +98,16 @@ def _changes(right: dict[str, list[bool]]) -> list[dict[str, Any]]:
     found = []
     for before, after in pairs:
         value, low, high = paired_difference(right[after], right[before])
-        found.append({"from": before, "to": after, "value": value, "low": low, "high": high, "n": len(right[after])})
+        solution = _mean([a - b for a, b in zip(sure[after], sure[before], strict=True)])
+        change = {"from": before, "to": after, "value": value, "low": low, "high": high, "n": len(right[after])}
+        found.append({**change, "solution": solution})
     return found
+
+
+def _mean(values: Sequence[float]) -> dict[str, Any]:
+    """The mean over instances with its bootstrap interval."""
+    low, high = bootstrap_interval([[value] for value in values], lambda means: means[:, 0])
+    return {"value": fmean(values), "low": float(low), "high": float(high), "n": len(values)}
 
 
 def _credit_picture(recipe: Recipe, model: Model, said: Answers, folder: Path) -> str | None:

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from .errors import RlError
     from .evaluation import Evaluation, Rate, heuristic_table, score
     from .heads import HeadSplit
+    from .likelihood import answer_probabilities
     from .rewards import CertificateReward, Guarded, MathReward
     from .rhythm import attention_rhythm, probe
     from .risk import Risk
@@ -26,6 +27,7 @@ _HOME = {
     "heuristic_table": ".evaluation",
     "score": ".evaluation",
     "HeadSplit": ".heads",
+    "answer_probabilities": ".likelihood",
     "CertificateReward": ".rewards",
     "Guarded": ".rewards",
     "MathReward": ".rewards",
@@ -53,6 +55,7 @@ __all__ = [
     "RlError",
     "TokenCredit",
     "TokenCreditGRPOTrainer",
+    "answer_probabilities",
     "attention_rhythm",
     "get_task",
     "heuristic_table",

@@ -57,7 +57,7 @@ def generate(
             torch.manual_seed(seed)
             for start in range(0, len(prompts), batch_size):
                 part = slice(start, start + batch_size)
-                asked: Any = _rendered(tokenizer, prompts[part]) if chat else prompts[part]
+                asked: Any = rendered(tokenizer, prompts[part]) if chat else prompts[part]
                 texts = [text + begun for text, begun in zip(asked, starts[part], strict=True)]
                 batch = tokenizer(texts, add_special_tokens=not chat, padding=True, return_tensors="pt").to(device)
                 ids = model.generate(
@@ -73,7 +73,7 @@ def generate(
     return answers
 
 
-def _rendered(tokenizer: Any, prompts: Sequence[str | list[dict[str, str]]]) -> list[str]:
+def rendered(tokenizer: Any, prompts: Sequence[str | list[dict[str, str]]]) -> list[str]:
     """The text of each conversation, up to where the assistant begins."""
     chats = [[{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt for prompt in prompts]
     return tokenizer.apply_chat_template(chats, add_generation_prompt=True, tokenize=False)

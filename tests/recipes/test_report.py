@@ -85,7 +85,15 @@ def test_every_model_and_heuristic_is_a_whole_line_with_its_intervals(printed):
         "weights": "as loaded",
         "models": models,
         "changes": [
-            {"from": "sft", "to": "rl", "value": 0.15, "low": 0.05, "high": 0.25, "n": 40},
+            {
+                "from": "sft",
+                "to": "rl",
+                "value": 0.15,
+                "low": 0.05,
+                "high": 0.25,
+                "n": 40,
+                "solution": rate(0.051, 0.035, 0.067),
+            },
             {"from": "sft-random", "to": "sft", "value": 0.2, "low": -0.1, "high": 0.5, "n": 40},
         ],
         "heuristics": heuristics,
@@ -99,17 +107,26 @@ def test_every_model_and_heuristic_is_a_whole_line_with_its_intervals(printed):
         assert cells[3].endswith("[-0.11, 0.12]") and cells[4] == "0.03 [0.00, 0.13]"
     assert row(text, "heuristic: greedy first")[2] == "0.20 [0.15, 0.25]"
     assert row(text, "heuristic: patience tails")[2] == "0.05 [0.00, 0.10]"
-    assert "certificate, after rl less after sft: +0.15 [+0.05, +0.25], paired over 40 instances" in text
-    assert "certificate, after sft less after sft on the random control: +0.20 [-0.10, +0.50], paired" in text
+    assert (
+        "certificate, after rl less after sft: +0.15 [+0.05, +0.25], paired over 40 instances; solution +0.051 "
+        "[+0.035, +0.067]\n"
+    ) in text
+    assert (
+        "certificate, after sft less after sft on the random control: +0.20 [-0.10, +0.50], paired over 40 instances\n"
+        in text
+    )
 
 
 def test_changes_pair_each_stage_with_the_one_before_and_with_its_control():
     right = {"base": [0, 0, 0, 0], "sft": [1, 1, 0, 0], "sft-random": [1, 0, 0, 0], "rl": [1, 1, 1, 0]}
-    changes = _changes(right)
+    sure = {"base": [0.0] * 4, "sft": [0.5, 0.5, 0.0, 0.0], "sft-random": [0.1] * 4, "rl": [0.5, 0.5, 0.25, 0.25]}
+    changes = _changes(right, sure)
+    assert [round(one["solution"]["value"], 6) for one in changes] == [0.25, 0.125, 0.15]
+    assert changes[1]["solution"]["low"] >= 0 and changes[1]["solution"]["high"] <= 0.25
     assert [(one["from"], one["to"]) for one in changes] == [("base", "sft"), ("sft", "rl"), ("sft-random", "sft")]
     assert [change["value"] for change in changes] == [0.5, 0.25, 0.25]
     assert all(change["low"] <= change["value"] <= change["high"] and change["n"] == 4 for change in changes)
-    assert _changes({"base": [1]}) == []
+    assert _changes({"base": [1]}, {"base": [1.0]}) == []
 
 
 def test_the_end_says_where_the_run_is_and_how_long_it_took(printed):

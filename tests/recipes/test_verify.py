@@ -199,6 +199,9 @@ def reasoned(one, start):
 def put_through(run, recipe, monkeypatch, policies, *overrides):
     """The result where each model of `policies` answers by its policy."""
     monkeypatch.setattr(models, "generate", scripted(policies))
+    monkeypatch.setattr(
+        models, "answer_probabilities", lambda model, tokenizer, prompts, *rest, **settings: [0.5] * len(prompts)
+    )
     monkeypatch.setattr(models.Model, "loaded", property(lambda self: (self.name, str)))
     monkeypatch.setattr(models.Model, "close", lambda self: None)
     monkeypatch.setattr("krontune.recipes.verify._credit_picture", lambda *args: None)
