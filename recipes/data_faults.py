@@ -12,13 +12,15 @@ from ..data_selection import Dsir
 from ..data_selection.arguments import caps_of, rules_of, shares_of
 from ..data_selection.duplicates import deduplicate
 from ..data_selection.texts import row_text
+from .needs import out_of_reach
 from .rows import source_rows
-from .schema import Columns, Neural, Recipe, Select, Source
+from .schema import Columns, HubRows, Neural, Recipe, Select, Source
 from .select import dsir_settings, make_neural, spelled_caps
 
 # Of a larger file only the first rows are looked at, lest a check takes hours; a fault further on ends the run with
 # file and line.
 CHECKED_BYTES, CHECKED_ROWS = 1 << 30, 100_000
+CHECKED_HUB_ROWS = 20  # which come over the network
 
 # Where in the stage, and what.
 Found = Iterator[tuple[tuple[str | int, ...], str]]
@@ -39,10 +41,14 @@ def source_faults(
     name = ".".join(map(str, key))
     seen, rows, words, readable, whole = Seen(), 0, False, True, True
     for number, source in enumerate(sources):
-        large = _bytes(source) > CHECKED_BYTES
-        whole = whole and not large
+        of_hub = isinstance(source, HubRows) and not Path(source.hub).is_dir()
+        if of_hub and out_of_reach(source):
+            whole, words, rows = False, True, rows + 1  # nothing can be said of it, which is a note
+            continue
+        most = CHECKED_HUB_ROWS if of_hub else CHECKED_ROWS if _bytes(source) > CHECKED_BYTES else None
+        whole = whole and most is None
         try:
-            for row in islice(source_rows(source, name), CHECKED_ROWS if large else None):
+            for row in islice(source_rows(source, name, stream=of_hub), most):
                 rows += 1
                 words = words or bool(row_text(row, name).strip())
                 seen.sources.add(str(row.get("source")))

@@ -4,6 +4,7 @@ import dataclasses
 import socket
 from collections.abc import Iterator, Sequence
 from functools import cache
+from itertools import chain
 from math import ceil
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from ..adapters.base import resolve_model
 from ..adapters.embedded import NAME
 from ..data_selection import DataSelectionError
 from ..data_selection.texts import read_rows
-from .schema import HubRows, Recipe, Rl, RowSource
+from .schema import HubRows, Recipe, Rl, RowSource, Select, Source, Stage, Verify
 from .trainer_args import given
 
 HUB_TIMEOUT_S = 5.0
@@ -33,16 +34,23 @@ def notes(recipe: Recipe) -> list[str]:
         reach = "" if _hub_answers() else ", which does not answer; that the model exists was not checked"
         found.append(f"model {recipe.base.model!r} is not on this machine and comes from the Hub{reach}")
     for stage in recipe.stages:
-        if not isinstance(stage, Rl):
-            continue
-        for data in stage.data or ():
+        for data in _sources(stage):
             if isinstance(data, HubRows) and not Path(data.hub).is_dir():
-                unchecked = "; its rows and the reward on them were not checked" if out_of_reach(data) else ""
-                reach = ", which does not answer" if unchecked else ""
-                found.append(f"data set {data.hub!r} comes from the Hub{reach}{unchecked}")
-        if not torch.accelerator.is_available():
+                unchecked = "its rows and the reward on them were" if isinstance(stage, Rl) else "its rows were"
+                reach = f", which does not answer; {unchecked} not checked" if out_of_reach(data) else ""
+                found.append(f"data set {data.hub!r} comes from the Hub{reach}")
+        if isinstance(stage, Rl) and not torch.accelerator.is_available():
             found += _work(stage)
     return found
+
+
+def _sources(stage: Stage) -> Sequence[Source | RowSource]:
+    """All data that the stage reads."""
+    if isinstance(stage, Select):
+        return [*stage.raw, *(stage.target or ()), *chain.from_iterable((stage.targets or {}).values())]
+    if isinstance(stage, Verify) or stage.data is None or isinstance(stage.data, str):
+        return ()
+    return stage.data
 
 
 def _work(stage: Rl) -> Iterator[str]:

@@ -5,7 +5,7 @@ from typing import Any
 
 from ..data_selection import DataSelectionError
 from ..data_selection.texts import read_rows
-from .rows import Row, check_messages
+from .rows import Row, check_messages, hub_rows
 from .schema import HubRows, RowSource
 
 # What TRL hands to a reward function under these names is its own.
@@ -39,23 +39,9 @@ def read_prompts(sources: Iterable[RowSource], instruction: str | None = None, g
 
 def _rows(source: RowSource) -> Iterator[tuple[Row, str]]:
     if isinstance(source, HubRows):
-        for number, row in enumerate(load_hub_rows(source)):
-            yield dict(row), f"{source.hub}, {source.split}[{number}]"
+        yield from hub_rows(source)
     else:
         yield from read_rows(source, "data")
-
-
-def load_hub_rows(source: HubRows) -> Any:
-    """The data set, from the cache of `datasets` where it is there."""
-    from datasets import load_dataset
-
-    try:
-        return load_dataset(source.hub, source.config, split=source.split, revision=source.revision)
-    except ConnectionError:
-        raise
-    except Exception as error:  # an unknown id, config or split, and whatever else the library finds
-        reason = " ".join(str(error).split())
-        raise DataSelectionError(f"data: the data set {source.hub!r} cannot be loaded: {reason[:300]}") from error
 
 
 def _check(row: Row, where: str) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 from ..data_selection import DataSelectionError
 from ..data_selection.texts import read_rows, row_text
 from ..rl.tasks.worked import worked_examples
-from .schema import Columns, Puzzles, Shipped, Source
+from .schema import Columns, HubRows, HubTexts, Puzzles, Shipped, Source
 
 Row = dict[str, Any]
 
@@ -25,11 +25,14 @@ def read_sources(sources: Iterable[Source], name: str) -> list[Row]:
     return [row for source in sources for row in source_rows(source, name)]
 
 
-def source_rows(source: Source, name: str) -> Iterator[Row]:
+def source_rows(source: Source, name: str, stream: bool = False) -> Iterator[Row]:
     """The rows of one source, read as they are asked for. A row of a file without `source` has the file's path there.
+
+    stream: of the Hub, read over the network without keeping anything; see `hub_rows`.
 
     Raises:
         DataSelectionError: as of `read_sources`.
+        ConnectionError: a data set of the Hub is neither here nor within reach.
     """
     if isinstance(source, Shipped):
         with (files("krontune.recipes.data") / "prose.jsonl.gz").open("rb") as file:
@@ -44,20 +47,53 @@ def source_rows(source: Source, name: str) -> Iterator[Row]:
                     "source": kind,
                 }
     elif isinstance(source, Columns):
-        for row, where in read_rows(source.path, name):
-            row = {**row, "text": _filled(source.text, row, where)}
-            check_row(row, where)
-            yield sourced(row, source.path)
+        yield from _usable(
+            ((_with_text(row, source.text, at), at) for row, at in read_rows(source.path, name)), source.path
+        )
+    elif isinstance(source, HubTexts):
+        rows = ((_with_text(row, source.text, at) if source.text else row, at) for row, at in hub_rows(source, stream))
+        yield from _usable(rows, source.hub)
     else:
-        for row, where in read_rows(source, name):
-            check_row(row, where)
-            yield sourced(row, source)
+        yield from _usable(read_rows(source, name), source)
+
+
+def _usable(rows: Iterable[tuple[Row, str]], path: str) -> Iterator[Row]:
+    for row, where in rows:
+        check_row(row, where)
+        yield sourced(row, path)
+
+
+def hub_rows(source: HubRows, stream: bool = False) -> Iterator[tuple[Row, str]]:
+    """Rows of a data set of the Hub and their places, from the cache of `datasets` where it is there.
+
+    stream: read row by row over the network. A slice of the split is then not known to the library, and left out.
+
+    Raises:
+        DataSelectionError: there is no such data set, configuration or split, or it cannot be read.
+        ConnectionError: it is neither here nor within reach.
+    """
+    from datasets import load_dataset
+
+    split = source.split.partition("[")[0] if stream else source.split
+    try:
+        rows: Any = load_dataset(source.hub, source.config, split=split, revision=source.revision, streaming=stream)
+    except ConnectionError:
+        raise
+    except Exception as error:  # an unknown id, config or split, and whatever else the library finds
+        reason = " ".join(str(error).split())
+        raise DataSelectionError(f"data: the data set {source.hub!r} cannot be loaded: {reason[:300]}") from error
+    for number, row in enumerate(rows):
+        yield dict(row), f"{source.hub}, {source.split}[{number}]"
 
 
 def sourced(row: Row, path: str) -> Row:
     """The row with its `source`; where it names none, or null or "", that is the path of its file."""
     row = {"source": path, **row}
     return {**row, "source": path} if row["source"] in (None, "") else row
+
+
+def _with_text(row: Row, template: str, where: str) -> Row:
+    return {**row, "text": _filled(template, row, where)}
 
 
 def _filled(template: str, row: Row, where: str) -> str:

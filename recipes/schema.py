@@ -77,23 +77,41 @@ class Columns(Section):
     """The column that is the text, or a template over columns such as "{title}: {body}"."""
 
 
+class HubRows(Section):
+    hub: str = Field(min_length=1)
+    """A data set of the Hub, or a folder with one."""
+    config: str | None = None
+    """Which of its configurations."""
+    split: str = "train"
+    """Which of its splits."""
+    revision: str | None = None
+    """A branch, tag or commit."""
+
+
+class HubTexts(HubRows):
+    text: str | None = None
+    """The column that is the text, or a template over columns; null where the rows have `text`, `messages` or `prompt`
+    and `completion` already."""
+
+
 def _source_kind(value: Any) -> str | None:
     if isinstance(value, str):
         return "file"
     keys = vars(value) if isinstance(value, BaseModel) else value if isinstance(value, dict) else ()
-    return next((key for key in ("shipped", "puzzles", "path") if key in keys), None)
+    return next((key for key in ("shipped", "puzzles", "path", "hub") if key in keys), None)
 
 
 Source = Annotated[
     Annotated[str, Tag("file")]
     | Annotated[Shipped, Tag("shipped")]
     | Annotated[Puzzles, Tag("puzzles")]
-    | Annotated[Columns, Tag("path")],
+    | Annotated[Columns, Tag("path")]
+    | Annotated[HubTexts, Tag("hub")],
     Discriminator(
         _source_kind,
         custom_error_type="source",
         custom_error_message="a source is the path of a .jsonl, .parquet or .txt file, "
-        "or a mapping with 'shipped', 'puzzles' or 'path'",
+        "or a mapping with 'shipped', 'puzzles', 'path' or 'hub'",
     ),
 ]
 Sources = Annotated[
@@ -238,17 +256,6 @@ class Sft(Section):
     adapter: Adapter = Adapter()
     trainer: SftTrainerArgs = SftTrainerArgs()  # pyright: ignore[reportInvalidTypeForm]
     """Any field of trl.SFTConfig."""
-
-
-class HubRows(Section):
-    hub: str = Field(min_length=1)
-    """A data set of the Hub, or a folder with one."""
-    config: str | None = None
-    """Which of its configurations."""
-    split: str = "train"
-    """Which of its splits."""
-    revision: str | None = None
-    """A branch, tag or commit."""
 
 
 RowSource = Annotated[

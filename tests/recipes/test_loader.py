@@ -103,7 +103,10 @@ def test_all_faults_come_at_once_with_file_line_and_column(faults_of):
         "    lerning_rate: 1e-4\n"
         "    bf16: 1\n"
     )
-    kinds = "a source is the path of a .jsonl, .parquet or .txt file, or a mapping with 'shipped', 'puzzles' or 'path'"
+    kinds = (
+        "a source is the path of a .jsonl, .parquet or .txt file, or a mapping with 'shipped', 'puzzles', 'path' or "
+        "'hub'"
+    )
     assert faults_of(text) == [
         "r:2:1: unknown key 'sed'; did you mean 'seed'?",
         "r:5:3: quantization: 'nf5' is unknown; allowed: 'nf4', 'fp4', 'int8'; did you mean 'nf4'?",

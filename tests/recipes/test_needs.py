@@ -4,6 +4,7 @@ import pytest
 
 from krontune.recipes.loader import load
 from krontune.recipes.needs import notes
+from krontune.recipes.preflight import check
 
 from .conftest import write_rows
 
@@ -38,3 +39,12 @@ def test_epochs_over_data_are_counted_where_the_rows_are_known(small, tmp_path):
 
 def test_max_steps_bounds_the_epochs(small):
     assert "steps" not in notes_of(small, "stages.rl.instances=2000", f"stages.rl.trainer={TRAINER}, max_steps: 3}}")
+
+
+@pytest.mark.parametrize("key", ["stages.select.raw", "stages.select.target", "stages.sft.data"])
+def test_texts_of_the_hub_are_a_note_and_no_fault_where_it_does_not_answer(small, key):
+    override = f"{key}={{hub: some/texts, text: body}}"
+    assert "data set 'some/texts' comes from the Hub, which does not answer; its rows were not checked" in notes_of(
+        small, override
+    )
+    assert check(load(small, [override])) == []

@@ -10,8 +10,8 @@ from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 from krontune.data_selection import DataSelectionError
-from krontune.recipes.rows import fingerprint, read_sources, tokenize
-from krontune.recipes.schema import Columns, Puzzles, Shipped
+from krontune.recipes.rows import fingerprint, read_sources, source_rows, tokenize
+from krontune.recipes.schema import Columns, HubTexts, Puzzles, Shipped
 from krontune.rl.tasks.worked import worked_examples
 
 
@@ -36,6 +36,19 @@ def test_a_row_whose_source_is_null_or_empty_counts_as_its_files(tmp_path):
     assert [row["source"] for row in read_sources([path], "raw")] == [path] * 3
     columns = Columns(path=path, text="text")
     assert [row["source"] for row in read_sources([columns], "raw")] == [path] * 3
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_rows_of_a_data_set_fill_a_template_or_are_taken_as_they_are(tmp_path, stream):
+    lines(tmp_path / "train.jsonl", [{"q": "why", "a": "so"}, {"q": "how", "a": "thus"}])
+    filled = HubTexts(hub=str(tmp_path), text="{q}? {a}.")
+    assert [row["text"] for row in source_rows(filled, "raw", stream)] == ["why? so.", "how? thus."]
+    with pytest.raises(DataSelectionError, match=r"train\[0\]: no text in the columns"):
+        list(source_rows(HubTexts(hub=str(tmp_path)), "raw", stream))
+    with pytest.raises(DataSelectionError, match=r"train\[0\]: column 'b' of text: there is no such column"):
+        list(source_rows(HubTexts(hub=str(tmp_path), text="b"), "raw", stream))
+    with pytest.raises(DataSelectionError, match="cannot be loaded.*nosuch"):
+        list(source_rows(HubTexts(hub=str(tmp_path), split="nosuch"), "raw", stream))
 
 
 def test_the_shipped_text_is_all_of_the_file():

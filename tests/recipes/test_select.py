@@ -62,6 +62,18 @@ def rows_of(file) -> list[dict]:
 BASE = "raw: [a.jsonl, b.jsonl]; target: law.jsonl"
 
 
+def test_a_data_set_is_picked_from_like_files_of_the_same_rows(data):
+    (data / "set").mkdir()
+    rows = texts("law", 40) + texts("noise", 40, 100)
+    write_rows(data / "set" / "train.jsonl", [{"body": row["text"], "n": row["n"]} for row in rows])
+    folder, facts = select_in(data, "raw: {hub: set, text: body}; target: law.jsonl; k: 20")
+    same, _ = select_in(data, "raw: a.jsonl; target: law.jsonl; k: 20", name="files")
+    assert [row["n"] for row in rows_of(folder / "selected.jsonl")] == [
+        row["n"] for row in rows_of(same / "selected.jsonl")
+    ]
+    assert facts["sources"]["pool"] == {"set": 80}
+
+
 def test_the_picks_are_those_of_dsir_and_a_report_stands_beside_them(data):
     folder, facts = select_in(data, f"{BASE}; k: 30; num_proc: 2")
     pool = [data / "a.jsonl", data / "b.jsonl"]
