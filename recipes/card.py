@@ -1,19 +1,16 @@
 """The model card: README.md beside the adapter. It says what this run did and nothing else."""
 
 import json
-import re
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from .figures import ASKS, COLUMNS, cells, check_name, heuristic_name, model_name, number
+from .masking import without_paths
 from .run_report import RunFiles
 
 CARD = "README.md"
-MASK = "(not shown)"
-WORDS = ("instruction", "description", "text")  # keys of a recipe that hold words, never a path
-_SECRET = re.compile(r"^[^/\\]*(key|token|secret|password)[^/\\]*$", re.IGNORECASE)  # of a name, not of a path
 
 
 def model_card(run: RunFiles, adapter: Path) -> str:
@@ -32,7 +29,7 @@ def model_card(run: RunFiles, adapter: Path) -> str:
         *_results(run),
         *_checks(run),
         "## Recipe\n\n```yaml\n"
-        + yaml.safe_dump(masked(_published(run.recipe)), sort_keys=False, allow_unicode=True)
+        + yaml.safe_dump(without_paths(run.recipe), sort_keys=False, allow_unicode=True)
         + "```",
         _made(run),
     ]
@@ -122,49 +119,6 @@ def _names(checks: list[dict[str, Any]]) -> list[str]:
 def _made(run: RunFiles) -> str:
     versions = ", ".join(f"{name} {value}" for name, value in run.record["versions"].items())
     return f"## Made with\n\n{versions}"
-
-
-def masked(value: Any, key: str = "") -> Any:
-    """A recipe without the values of keys that are named like a secret, and what stands in them. A number under a name
-    with "token" counts tokens and is none."""
-    if isinstance(value, dict):
-        return {name: masked(item, key if _SECRET.search(key) else str(name)) for name, item in value.items()}
-    if isinstance(value, list):
-        return [masked(item, key) for item in value]
-    if value is None or isinstance(value, bool) or not _SECRET.search(key):
-        return value
-    return value if isinstance(value, int | float) and "token" in key.lower() else MASK
-
-
-def _published(value: Any, key: str = "") -> Any:
-    """The recipe without paths of this machine. What a key of `WORDS` holds is text, whatever it begins with."""
-    if isinstance(value, dict):
-        return _with_names({name: _published(item, str(name)) for name, item in value.items()})
-    if isinstance(value, list):
-        return [_published(item, key) for item in value]
-    return _name(value) if isinstance(value, str) and key not in WORDS else value
-
-
-def _with_names(values: dict[Any, Any]) -> dict[Any, Any]:
-    """With the keys that are paths cut too; of two files of one name the second is called "name (2)"."""
-    found: dict[Any, Any] = {}
-    for key, value in values.items():
-        name = short = _name(key) if isinstance(key, str) else key
-        number = 2
-        while name in found:
-            name, number = f"{short} ({number})", number + 1
-        found[name] = value
-    return found
-
-
-def _name(text: str) -> str:
-    """Of a path of this machine the file's name; other text as it is, "/no_think" too: a path from the root has
-    folders in it."""
-    plain = text.replace("\\", "/").rstrip("/")
-    relative = text.startswith(("~", "./", "../", ".\\", "..\\"))
-    rooted = text.startswith("/") and plain.count("/") > 1
-    drive = len(text) > 2 and text[1:3] in (":\\", ":/")
-    return plain.rpartition("/")[2] if relative or rooted or drive else text
 
 
 def _table(head: list[str], rows: list[list[str]]) -> str:

@@ -7,12 +7,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from html import escape
 from typing import Any
 
-import yaml
-
 from ..data_selection import DataSelectionError, Selection
 from ..rl.checks import CheckResult
 from ..rl.checks.svg import lines, pictures
-from .card import masked
 from .figures import ASKS, COLUMNS, cells, check_name, heuristic_name, model_name, number
 from .run_report import RunFiles
 from .select import SELECTED
@@ -347,13 +344,7 @@ def _record(run: RunFiles) -> Iterator[str]:
     versions = ", ".join(f"{name} {value}" for name, value in run.record.get("versions", {}).items())
     machine = ", ".join(map(str, run.record.get("machine", {}).values()))
     yield f"<p>{escape(versions)}</p><p>{escape(machine)} CPUs</p>"
-    yield f"<details><summary>the recipe</summary><pre>{escape(_recipe_text(run))}</pre></details>"
-
-
-def _recipe_text(run: RunFiles) -> str:
-    """As it was written; where it holds keys or passwords, without them and without its comments."""
-    hidden = masked(run.recipe)
-    return run.recipe_text if hidden == run.recipe else yaml.safe_dump(hidden, sort_keys=False, allow_unicode=True)
+    yield f"<details><summary>the recipe</summary><pre>{escape(run.recipe_text)}</pre></details>"
 
 
 def _size(data: dict[str, Any]) -> str:

@@ -174,9 +174,11 @@ def _guarded(body: Callable[[], Any], show_traceback: bool) -> None:
 
 
 def _fail(message: str, code: int, show_traceback: bool) -> None:
+    from krontune.recipes.masking import hide
+
     if show_traceback:
-        traceback.print_exc()
-    typer.echo(message, err=True)
+        typer.echo(hide(traceback.format_exc()), err=True, nl=False)
+    typer.echo(hide(message), err=True)
     sys.exit(code)
 
 
