@@ -49,8 +49,8 @@ SHOWN = 300  # characters of a selected text
 PHASES = {"before": "Before training", "during": "During training", "after": "After training"}
 
 
-def run_page(run: RunFiles) -> str:
-    """The report of one run."""
+def run_page(run: RunFiles, texts: bool = True) -> str:
+    """The report of one run. texts: show some of the selected rows, with the reasons for them."""
     name = run.record["name"]
     about = run.recipe.get("description", "")
     return _page(
@@ -61,7 +61,7 @@ def run_page(run: RunFiles) -> str:
             f"<p>{escape(_facts(run))}</p>",
             *_models(run),
             *_training(run),
-            *_selection(run),
+            *_selection(run, texts),
             *_checks(run),
             *_credit(run),
             *_record(run),
@@ -199,7 +199,7 @@ def _figures(figures: Sequence[str]) -> str:
     return f'<div class="figures">{"".join(figures)}</div>'
 
 
-def _selection(run: RunFiles) -> Iterator[str]:
+def _selection(run: RunFiles, texts: bool) -> Iterator[str]:
     select = run.stages.get("select")
     if not select or "sources" not in select:
         return
@@ -213,7 +213,8 @@ def _selection(run: RunFiles) -> Iterator[str]:
         kl = select["kl_reduction"]
         rows.append(["nearer to the target by (nats)", "", f"{kl['selected']:.2f}", f"{kl['control']:.2f}"])
     yield _table(["source", "pool", "selected", "random control"], rows)
-    yield from _picked_texts(run)
+    if texts:
+        yield from _picked_texts(run)
 
 
 def _picked_texts(run: RunFiles) -> Iterator[str]:

@@ -17,7 +17,7 @@ import yaml
 
 from ..data_selection.selection import write_atomic
 from .masking import hidden, hide, learn, masked
-from .schema import Recipe, Rl, Sft
+from .schema import Hub, Recipe, Rl, Sft
 from .trainer_args import given
 from .yaml12 import is_plain_text
 
@@ -152,8 +152,15 @@ def recipe_text(recipe: Recipe) -> str:
         for key in ("credit", "risk", "guard"):
             if isinstance(values.get(key), dict):
                 values[key] = given(getattr(stage, key))
+    if recipe.hub == Hub():  # nothing is pushed; folders of recipes that knew no such section stay valid
+        del content["hub"]
     learn(content)
-    return yaml.dump(masked(content), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+    return yaml_text(masked(content))
+
+
+def yaml_text(content: Any) -> str:
+    """As YAML that `load` reads back."""
+    return yaml.dump(content, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
 class _Dumper(yaml.SafeDumper):
