@@ -29,7 +29,7 @@ class Judge:
 
     def __call__(self, completions, answer, **columns):
         texts = [one if isinstance(one, str) else one[0]["content"] for one in completions]
-        if Path("broken").exists() and "CAT?" not in texts and "DOG?" not in texts and any(map(str.strip, texts)):
+        if Path("broken").exists() and "trainer_state" in columns:  # not when it is tried before the run
             raise RuntimeError(self.said)
         return [1.0 if text == f"{word.upper()}?" else min(len(text), 50) / 100 for text, word in zip(texts, answer)]
 """
@@ -101,6 +101,7 @@ print("loaded")
 """
 
 
+@pytest.mark.slow
 def test_a_run_with_planted_keys_is_pushed_without_them_and_loads_from_the_hub(planted, hub):
     from loopback_hub import Repo
 
@@ -125,11 +126,11 @@ def test_a_run_with_planted_keys_is_pushed_without_them_and_loads_from_the_hub(p
     files = written(planted / "run")
     names = {file.name for file in files}
     assert {"recipe.yaml", "run.json", "metrics.jsonl", "report.html", "rlvr_report.json", "README.md"} <= names
-    for repo in hub.repos.values():
-        files |= repo.files
+    for (_, name), repo in hub.repos.items():
+        files |= {f"{name}: {file}": data for file, data in repo.files.items()}
     for place, data in files.items():
         assert not [one for one in SECRETS if one.encode() in data], place
-        assert str(planted).encode() not in data or "run" in str(place), place
+        assert not isinstance(place, str) or str(planted).encode() not in data, place
     for said in (failed, first, pushed):
         assert not [one for one in SECRETS if one in said.output]
     assert b"(not shown)" in hub.model("me/planted").files["recipe.yaml"]
