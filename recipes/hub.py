@@ -82,11 +82,10 @@ def push(
         repo, dataset = given.get("repo"), given.get("dataset")
     if repo is None and dataset is None:
         raise RunError("nothing says where to push: give --repo owner/name, or hub: {repo: owner/name} in the recipe")
-    private = given.get("private", True) if private is None else private
     cut = [name for name in run.stages if not (run.path / name / "done").is_file()]
     if cut:
         raise RunError(f"{run.path}: {', '.join(cut)} is not done; go on with the run first, and push then")
-    settings = (private, overwrite, say)
+    settings = (bool(given.get("private", True) if private is None else private), overwrite, say)
     done = []
     if dataset is not None:
         with TemporaryDirectory() as folder:

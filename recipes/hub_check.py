@@ -167,7 +167,8 @@ def _repo_findings(hub: Hub, kind: str, name: str) -> Iterator[tuple[bool, str]]
     from huggingface_hub.errors import RepositoryNotFoundError
 
     try:
-        info = HfApi().repo_info(name, repo_type=kind, timeout=HUB_TIMEOUT_S)
+        ask = HfApi().dataset_info if kind == "dataset" else HfApi().model_info
+        info = ask(name, timeout=HUB_TIMEOUT_S)
     except RepositoryNotFoundError:
         return
     if hub.private and not info.private:

@@ -162,17 +162,18 @@ class _Requests(BaseHTTPRequestHandler):
             return 401, {"error": "Unauthorized"}, {}
         name = f"{asked.get('organization') or 'me'}/{asked['name']}"
         key = (asked.get("type", "model"), name)
+        url = f"{self.hub.url}/{'datasets/' if key[0] == 'dataset' else ''}{name}"
         if key in self.hub.repos:
-            return 409, {"error": "You already created this repo"}, {}
+            return 409, {"error": "You already created this repo", "url": url}, {}
         self.hub.repos[key] = Repo(asked.get("visibility") == "private" or bool(asked.get("private")))
-        prefix = "datasets/" if key[0] == "dataset" else ""
-        return 200, {"url": f"{self.hub.url}/{prefix}{name}", "id": name}, {}
+        return 200, {"url": url, "id": name}, {}
 
     def of_repo(self, kind: str, name: str, repo: Repo, what: str | None, body: bytes) -> tuple[int, Any, dict]:
         if what == "preupload":
             files = [
-                {"path": one["path"], "uploadMode": "regular", "shouldIgnore": False}
-                for one in json.loads(body)["files"]
+                {"path": name, "uploadMode": "regular", "shouldIgnore": False, "oid": oid}
+                for name in (one["path"] for one in json.loads(body)["files"])
+                for oid in [_entry(name, repo.files[name])["oid"] if name in repo.files else None]
             ]
             return 200, {"files": files}, {}
         if what == "tree":
