@@ -130,7 +130,9 @@ def _adapter_files(run: RunFiles, repo: str, base_model: str | None, say: Callab
         )
     _fetch_card(base)
     public = published(replace(run, recipe=recipe))
-    files["adapter_config.json"] = _json({**config, "base_model_name_or_path": base})
+    revision = None if recipe["hub"].get("base_model") else recipe["base"].get("revision")
+    pinned = {"revision": revision} if revision else {}
+    files["adapter_config.json"] = _json({**config, "base_model_name_or_path": base, **pinned})
     files[CARD] = model_card(replace(public, recipe=recipe), adapter, repo).encode()
     files["recipe.yaml"] = public.recipe_text.encode()
     files[REPORT_JSON] = _json(public.report)

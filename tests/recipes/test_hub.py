@@ -182,6 +182,14 @@ def test_the_cache_folder_of_the_embedded_model_becomes_its_hub_id(run, hub):
     assert json.loads(hub.model("me/one").files["adapter_config.json"])["base_model_name_or_path"] == HUB_ID
 
 
+def test_the_revision_of_the_base_is_kept_for_those_who_load_the_adapter(run, hub):
+    recipe = yaml.safe_load((run / "recipe.yaml").read_text())
+    recipe["base"]["revision"] = "v1"
+    (run / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    pushed(run, "me/one")
+    assert json.loads(hub.model("me/one").files["adapter_config.json"])["revision"] == "v1"
+
+
 @pytest.mark.parametrize(
     ("front", "expected"),
     [
