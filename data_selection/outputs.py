@@ -130,16 +130,19 @@ def push(
 
         api = HfApi(token=token)
     with TemporaryDirectory() as folder:
-        write_picked(picked, Path(folder) / DATA, pool)
-        picked.save(Path(folder) / "selection")
-        (Path(folder) / CARD).write_text(
-            card(picked, pool if picked.pool is None else picked.pool, dsir), encoding="utf-8"
-        )
+        write_dataset(picked, Path(folder), pool, dsir)
         api.create_repo(repo_id, repo_type="dataset", private=private, exist_ok=True)
         commit = api.upload_folder(
             repo_id=repo_id, repo_type="dataset", folder_path=folder, commit_message=f"{len(picked)} rows by krontune"
         )
     return str(commit.commit_url)
+
+
+def write_dataset(picked: Selection, folder: Path, pool: TextSource | None = None, dsir: "Dsir | None" = None) -> None:
+    """Write what `push` puts on the Hub into an empty folder."""
+    write_picked(picked, folder / DATA, pool)
+    picked.save(folder / "selection")
+    (folder / CARD).write_text(card(picked, pool if picked.pool is None else picked.pool, dsir), encoding="utf-8")
 
 
 def card(picked: Selection, pool: TextSource | None = None, dsir: "Dsir | None" = None) -> str:
@@ -158,6 +161,7 @@ def card(picked: Selection, pool: TextSource | None = None, dsir: "Dsir | None" 
         if picked.pool is not None:
             facts["KL reduction (nats)"] = f"{dsir.kl_reduction(picked):.4f}"
             facts["KL reduction of a random pick of equal size"] = f"{dsir.kl_reduction(picked.control):.4f}"
+    how = "by importance resampling (DSIR, arXiv 2302.03169)" if dsir is not None else f"(method {picked.method})"
     rows = "\n".join(f"| {_cell(name)} | {_cell(value)} |" for name, value in facts.items())
     return f"""---
 configs:
@@ -172,8 +176,8 @@ tags:
 
 # Rows picked from a larger pool
 
-krontune {version("krontune")} picked these rows by importance resampling (DSIR, arXiv 2302.03169). The licence is that
-of the pool. `selection/picks.jsonl` has the row number and the weight of each pick.
+krontune {version("krontune")} picked these rows {how}. The licence is that of the pool.
+`selection/picks.jsonl` has the row number of each pick and why it was chosen.
 
 | | |
 | --- | --- |

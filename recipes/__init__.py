@@ -12,13 +12,14 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .chain import Run, run
     from .faults import Fault, RecipeError
+    from .hub import push
     from .loader import load
     from .needs import notes
     from .preflight import check
     from .run_folder import RunError
     from .schema import Recipe
 
-__all__ = ["Fault", "Recipe", "RecipeError", "Run", "RunError", "check", "load", "notes", "run"]
+__all__ = ["Fault", "Recipe", "RecipeError", "Run", "RunError", "check", "load", "notes", "push", "run"]
 
 _HOME = {
     "Fault": ".faults",
@@ -29,6 +30,7 @@ _HOME = {
     "check": ".preflight",
     "load": ".loader",
     "notes": ".needs",
+    "push": ".hub",
     "run": ".chain",
 }
 

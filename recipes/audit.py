@@ -16,6 +16,7 @@ from ..rl.checks import CheckResult
 from ..rl.checks.result import not_run
 from ..rl.checks.rows import held_out_overlap, pay_rows, rows_heuristics, rows_soundness, rows_verifier
 from .faults import Fault, RecipeError
+from .masking import without_secrets
 from .prompts import read_prompts
 from .reward_trial import ROWS, right_forms
 from .rewards import make_reward
@@ -62,7 +63,7 @@ def audit(recipe: Recipe) -> list[CheckResult]:
     finally:
         if isinstance(reward, Guarded):
             reward.close()
-    return [*found, overlap]
+    return without_secrets([*found, overlap])
 
 
 def _of_rows(stage: Rl, reward: Any, rows: list[Row]) -> list[CheckResult]:

@@ -2,76 +2,124 @@
 
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from ..adapters.embedded import HUB_ID, to_hub_id
 from .figures import ASKS, COLUMNS, cells, check_name, heuristic_name, model_name, number
+from .masking import without_paths
+from .run_folder import yaml_text
 from .run_report import RunFiles
 
 CARD = "README.md"
-MASK = "(not shown)"
-WORDS = ("instruction", "description", "text")  # keys of a recipe that hold words, never a path
-_SECRET = re.compile(r"^[^/\\]*(key|token|secret|password)[^/\\]*$", re.IGNORECASE)  # of a name, not of a path
 
 
-def model_card(run: RunFiles, adapter: Path) -> str:
+def model_card(run: RunFiles, adapter: Path, repo: str | None = None) -> str:
     """The card of the adapter in this folder, for PEFT's library page on the Hub.
 
-    Paths of this machine are cut to the file's name. The licence is left to the one who publishes: it has to agree
-    with the base model's and the data's.
+    Paths of this machine are cut to the file's name. The licence is the base model's where that is known, else it is
+    left out.
+
+    repo: where the adapter will stand, to be named in the lines that load it; None takes the recipe's.
     """
     config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
+    base = hub_base(run.recipe, config)
     parts = [
-        "---\n" + yaml.safe_dump(_front(run, config), sort_keys=False, allow_unicode=True) + "---",
+        f"---\n{yaml_text(metadata(run.recipe, config['peft_type'], base))}---",
         f"# {run.record['name']}",
         *([run.recipe["description"]] if run.recipe.get("description") else []),
-        _what(run, config),
-        _how(),
+        _what(run, config, base),
+        _how(run, base, repo or (run.recipe.get("hub") or {}).get("repo")),
         *_results(run),
         *_checks(run),
-        "## Recipe\n\n```yaml\n"
-        + yaml.safe_dump(masked(_published(run.recipe)), sort_keys=False, allow_unicode=True)
-        + "```",
+        "## Recipe\n\n```yaml\n" + yaml_text(without_paths(run.recipe)) + "```",
         _made(run),
     ]
     return "\n\n".join(part.strip() for part in parts) + "\n"
 
 
-def _front(run: RunFiles, config: dict[str, Any]) -> dict[str, Any]:
-    """The metadata that the Hub reads."""
-    tags = ["krontune", config["peft_type"].lower()]
-    if run.recipe["base"]["quantization"]:
-        tags.append("4-bit" if run.recipe["base"]["quantization"] != "int8" else "8-bit")
-    kinds = [stage["stage"] for stage in run.recipe["stages"]]
+def metadata(recipe: dict[str, Any], peft_type: str, base: str | None) -> dict[str, Any]:
+    """What the Hub reads of the card.
+
+    recipe: as a dict. base: its Hub id; None where it has none.
+    """
+    from huggingface_hub import ModelCardData
+
+    tags = ["krontune", peft_type.lower()]
+    if recipe["base"]["quantization"]:
+        tags.append("4-bit" if recipe["base"]["quantization"] != "int8" else "8-bit")
+    kinds = [stage["stage"] for stage in recipe["stages"]]
     tags += [name for kind, name in (("sft", "sft"), ("rl", "grpo"), ("verify", "rlvr")) if kind in kinds]
-    front: dict[str, Any] = {"library_name": "peft"}
-    base = _hub_id(config["base_model_name_or_path"])
-    if base:
-        front |= {"base_model": base, "base_model_relation": "adapter"}
-    return {**front, "pipeline_tag": "text-generation", "tags": tags}
+    known = {"base_model": base, "base_model_relation": "adapter", **licence(base)} if base else {}
+    data = {"pipeline_tag": "text-generation", "tags": tags, "datasets": list(_datasets(recipe)) or None}
+    front = ModelCardData(library_name="peft", **known, **data).to_dict()  # pyright: ignore[reportArgumentType]
+    return {key: front[key] for key in ("library_name", *known, *data) if front.get(key) is not None}
+
+
+def hub_base(recipe: dict[str, Any], config: dict[str, Any]) -> str | None:
+    """The Hub id of the base model: what the recipe says it is, or the one that the adapter was trained on; None for a
+    folder of this machine."""
+    given = (recipe.get("hub") or {}).get("base_model")
+    return given or _hub_id(to_hub_id(config.get("base_model_name_or_path")))
+
+
+def licence(base: str) -> dict[str, str]:
+    """license, license_name and license_link of the card of the base, where that is on this machine; what it does not
+    say is not guessed."""
+    if base == HUB_ID:
+        return {"license": "apache-2.0"}
+    from huggingface_hub import ModelCard, try_to_load_from_cache
+
+    file = try_to_load_from_cache(base, CARD)
+    if not isinstance(file, str):
+        return {}
+    try:
+        said = ModelCard.load(file, ignore_metadata_errors=True).data
+    except ValueError:  # a card without readable metadata
+        return {}
+    found = {
+        key: value for key in ("license", "license_name", "license_link") if isinstance(value := said.get(key), str)
+    }
+    if "license" not in found or found["license"] == "unknown":
+        return {}
+    if "license_link" in found and "://" not in found["license_link"]:
+        found["license_link"] = f"https://huggingface.co/{base}/blob/main/{found['license_link'].removeprefix('./')}"
+    return found
+
+
+def _datasets(recipe: dict[str, Any]) -> Iterator[str]:
+    """Of the data that has an id of the Hub: what was trained on, and what the picks were pushed as."""
+    named = [(recipe.get("hub") or {}).get("dataset")]
+    for stage in recipe["stages"]:
+        named.append(stage.get("push"))
+        sources = stage.get("data") if isinstance(stage.get("data"), list) else []
+        named += [source["hub"] for source in sources if isinstance(source, dict) and "hub" in source]
+    yield from dict.fromkeys(name for name in named if name and _hub_id(name))
 
 
 def _hub_id(name: str | None) -> str | None:
     """The name where it is a Hub id, and not a path of this machine."""
-    is_id = name and name.count("/") <= 1 and not name.startswith((".", "/", "~", "\\")) and ":" not in name
+    is_id = name and re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", name)
     return name if is_id and not Path(str(name)).exists() else None
 
 
-def _what(run: RunFiles, config: dict[str, Any]) -> str:
-    base = _hub_id(config["base_model_name_or_path"]) or "a checkpoint that is not on the Hub"
+def _what(run: RunFiles, config: dict[str, Any], base: str | None) -> str:
     trained = [stage for stage in run.stages.values() if "trainable_parameters" in stage]
     quantised = run.recipe["base"]["quantization"]
     size = f", {trained[-1]['trainable_parameters']:,} trained parameters" if trained else ""
     return (
-        f"A {config['peft_type']} adapter over {base}{f' in {quantised}' if quantised else ''}{size}, made with "
+        f"A {config['peft_type']} adapter over {base or 'a checkpoint that is not on the Hub'}"
+        f"{f' in {quantised}' if quantised else ''}{size}, made with "
         f"[krontune](https://pypi.org/project/krontune/) {run.record['versions']['krontune']}."
     )
 
 
-def _how() -> str:
-    return """\
+def _how(run: RunFiles, base: str | None, repo: str | None) -> str:
+    adapter = (
+        f'adapter = "{repo}"' if repo else 'adapter = "..."  # the id of this repository, or the folder of this file'
+    )
+    text = f"""\
 ## How to load
 
 ```python
@@ -79,9 +127,23 @@ import krontune.adapters  # teaches PEFT this kind of adapter: pip install kront
 from peft import AutoPeftModelForCausalLM
 from transformers import AutoTokenizer
 
-adapter = "..."  # the id of this repository, or the folder of this file
+{adapter}
 model = AutoPeftModelForCausalLM.from_pretrained(adapter)
 tokenizer = AutoTokenizer.from_pretrained(adapter)
+```"""
+    quantised = run.recipe["base"]["quantization"]
+    if not quantised or not base:
+        return text
+    return f"""{text}
+
+It was trained over the base in {quantised}, and the lines above load the base as it is on the Hub. In {quantised}:
+
+```python
+from krontune.adapters import load_base
+from peft import PeftModel
+
+model, tokenizer = load_base("{base}", "{quantised}")
+model = PeftModel.from_pretrained(model, adapter)
 ```"""
 
 
@@ -122,49 +184,6 @@ def _names(checks: list[dict[str, Any]]) -> list[str]:
 def _made(run: RunFiles) -> str:
     versions = ", ".join(f"{name} {value}" for name, value in run.record["versions"].items())
     return f"## Made with\n\n{versions}"
-
-
-def masked(value: Any, key: str = "") -> Any:
-    """A recipe without the values of keys that are named like a secret, and what stands in them. A number under a name
-    with "token" counts tokens and is none."""
-    if isinstance(value, dict):
-        return {name: masked(item, key if _SECRET.search(key) else str(name)) for name, item in value.items()}
-    if isinstance(value, list):
-        return [masked(item, key) for item in value]
-    if value is None or isinstance(value, bool) or not _SECRET.search(key):
-        return value
-    return value if isinstance(value, int | float) and "token" in key.lower() else MASK
-
-
-def _published(value: Any, key: str = "") -> Any:
-    """The recipe without paths of this machine. What a key of `WORDS` holds is text, whatever it begins with."""
-    if isinstance(value, dict):
-        return _with_names({name: _published(item, str(name)) for name, item in value.items()})
-    if isinstance(value, list):
-        return [_published(item, key) for item in value]
-    return _name(value) if isinstance(value, str) and key not in WORDS else value
-
-
-def _with_names(values: dict[Any, Any]) -> dict[Any, Any]:
-    """With the keys that are paths cut too; of two files of one name the second is called "name (2)"."""
-    found: dict[Any, Any] = {}
-    for key, value in values.items():
-        name = short = _name(key) if isinstance(key, str) else key
-        number = 2
-        while name in found:
-            name, number = f"{short} ({number})", number + 1
-        found[name] = value
-    return found
-
-
-def _name(text: str) -> str:
-    """Of a path of this machine the file's name; other text as it is, "/no_think" too: a path from the root has
-    folders in it."""
-    plain = text.replace("\\", "/").rstrip("/")
-    relative = text.startswith(("~", "./", "../", ".\\", "..\\"))
-    rooted = text.startswith("/") and plain.count("/") > 1
-    drive = len(text) > 2 and text[1:3] in (":\\", ":/")
-    return plain.rpartition("/")[2] if relative or rooted or drive else text
 
 
 def _table(head: list[str], rows: list[list[str]]) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 
 from .compare import PAGE, publish
 from .faults import RecipeError
+from .masking import hide
 from .preflight import check
 from .rl import run_rl
 from .run_folder import RunError, RunFolder
@@ -62,7 +63,20 @@ def run(recipe: Recipe, out_dir: str | Path | None = None, say: Callable[[str], 
         _publish_adapter(recipe, folder)
         if ran or not (folder.path / PAGE).is_file():
             publish(folder.path)
-        return Run(folder.path, folder.record)
+    _push(recipe, folder.path, say)
+    return Run(folder.path, folder.record)
+
+
+def _push(recipe: Recipe, path: Path, say: Callable[[str], None]) -> None:
+    """Where the recipe says so. What the run found stays found where the Hub does not take it."""
+    if recipe.hub.repo is None and recipe.hub.dataset is None:
+        return
+    from .hub import push
+
+    try:
+        push(path, say=say)
+    except (RunError, ValueError, OSError) as error:
+        say(hide(str(error)))
 
 
 def _steps(recipe: Recipe, folder: RunFolder) -> Iterator[tuple[str, Callable[[], None]]]:

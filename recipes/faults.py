@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
+from .masking import hidden, hide
 from .model_walk import (
     Path,
     Spot,
@@ -39,7 +40,7 @@ class Fault:
     message: str
 
     def __str__(self) -> str:
-        return f"{self.where}: {self.message}"
+        return hide(f"{self.where}: {self.message}")
 
     def order(self) -> tuple[int, str, int, int, str]:
         """Sorts the recipe as a whole first, then by file, line and column, then the overrides."""
@@ -258,6 +259,7 @@ def _dotted(path: Path) -> str:
 
 
 def _show(value: Any) -> str:
+    value = hidden(value)  # before it is cut, or a part of a key would be left
     text = repr(value) if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
     return text if len(text) <= 60 else text[:57] + "..."
 

@@ -8,6 +8,7 @@ from pydantic import ValidationError
 
 from .data_faults import select_gaps
 from .faults import Fault, RecipeError, faults_from_validation
+from .masking import learn, learn_override
 from .overrides import apply_overrides
 from .own import ALLOW_LATER, is_own, not_allowed
 from .schema import Recipe, Rl
@@ -27,7 +28,11 @@ def load(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
         RecipeError: with every fault, each with file, line and column.
     """
     name, text = _find(path)
+    overrides = list(overrides)
+    for override in overrides:
+        learn_override(override)
     document = apply_overrides(read(text, name), overrides)
+    learn(document.data)
     try:
         recipe = Recipe.model_validate(document.data, context=ALLOW_LATER)
     except ValidationError as error:

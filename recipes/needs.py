@@ -41,7 +41,9 @@ def notes(recipe: Recipe) -> list[str]:
                 found.append(f"data set {data.hub!r} comes from the Hub{reach}")
         if isinstance(stage, Rl) and not torch.accelerator.is_available():
             found += _work(stage)
-    return found
+    from .hub_check import hub_notes  # which takes the timeout from here
+
+    return [*found, *hub_notes(recipe)]
 
 
 def _sources(stage: Stage) -> Sequence[Source | RowSource]:

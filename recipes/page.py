@@ -7,12 +7,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from html import escape
 from typing import Any
 
-import yaml
-
 from ..data_selection import DataSelectionError, Selection
 from ..rl.checks import CheckResult
 from ..rl.checks.svg import lines, pictures
-from .card import masked
 from .figures import ASKS, COLUMNS, cells, check_name, heuristic_name, model_name, number
 from .run_report import RunFiles
 from .select import SELECTED
@@ -52,8 +49,8 @@ SHOWN = 300  # characters of a selected text
 PHASES = {"before": "Before training", "during": "During training", "after": "After training"}
 
 
-def run_page(run: RunFiles) -> str:
-    """The report of one run."""
+def run_page(run: RunFiles, texts: bool = True) -> str:
+    """The report of one run. texts: show some of the selected rows, with the reasons for them."""
     name = run.record["name"]
     about = run.recipe.get("description", "")
     return _page(
@@ -64,7 +61,7 @@ def run_page(run: RunFiles) -> str:
             f"<p>{escape(_facts(run))}</p>",
             *_models(run),
             *_training(run),
-            *_selection(run),
+            *_selection(run, texts),
             *_checks(run),
             *_credit(run),
             *_record(run),
@@ -202,7 +199,7 @@ def _figures(figures: Sequence[str]) -> str:
     return f'<div class="figures">{"".join(figures)}</div>'
 
 
-def _selection(run: RunFiles) -> Iterator[str]:
+def _selection(run: RunFiles, texts: bool) -> Iterator[str]:
     select = run.stages.get("select")
     if not select or "sources" not in select:
         return
@@ -216,7 +213,8 @@ def _selection(run: RunFiles) -> Iterator[str]:
         kl = select["kl_reduction"]
         rows.append(["nearer to the target by (nats)", "", f"{kl['selected']:.2f}", f"{kl['control']:.2f}"])
     yield _table(["source", "pool", "selected", "random control"], rows)
-    yield from _picked_texts(run)
+    if texts:
+        yield from _picked_texts(run)
 
 
 def _picked_texts(run: RunFiles) -> Iterator[str]:
@@ -347,13 +345,7 @@ def _record(run: RunFiles) -> Iterator[str]:
     versions = ", ".join(f"{name} {value}" for name, value in run.record.get("versions", {}).items())
     machine = ", ".join(map(str, run.record.get("machine", {}).values()))
     yield f"<p>{escape(versions)}</p><p>{escape(machine)} CPUs</p>"
-    yield f"<details><summary>the recipe</summary><pre>{escape(_recipe_text(run))}</pre></details>"
-
-
-def _recipe_text(run: RunFiles) -> str:
-    """As it was written; where it holds keys or passwords, without them and without its comments."""
-    hidden = masked(run.recipe)
-    return run.recipe_text if hidden == run.recipe else yaml.safe_dump(hidden, sort_keys=False, allow_unicode=True)
+    yield f"<details><summary>the recipe</summary><pre>{escape(run.recipe_text)}</pre></details>"
 
 
 def _size(data: dict[str, Any]) -> str:

@@ -14,6 +14,7 @@ from ..adapters.embedded import NAME
 from ..rl import CertificateTask, Guarded, RlError, TokenCredit
 from .data_faults import Found, select_faults, source_faults, tried
 from .faults import Fault
+from .hub_check import hub_faults
 from .needs import HUB_TIMEOUT_S, out_of_reach
 from .own import is_own, not_allowed
 from .reward_trial import NOT_JUDGED, ROWS, faults_of_reward, right_forms, rows_to_try, wrong_texts
@@ -47,6 +48,7 @@ def check(recipe: Recipe) -> list[Fault]:
     for number, stage in enumerate(recipe.stages):
         finder = {"select": select_faults, "sft": _sft_faults, "rl": _rl_faults, "verify": _verify_faults}[stage.stage]
         faults += [Fault(recipe.where(("stages", number, *path)), message) for path, message in finder(recipe, stage)]
+    faults += [Fault(recipe.where(path), message) for path, message in hub_faults(recipe)]
     return faults
 
 

@@ -7,6 +7,7 @@ from datasets import Dataset
 from trl import GRPOConfig
 
 from ..rl import CertificateTask, Guarded, Risk, TokenCredit, TokenCreditGRPOTrainer, checks, get_task
+from .masking import without_secrets
 from .own import import_own, is_own
 from .progress import Report
 from .prompts import read_prompts
@@ -114,7 +115,7 @@ def _reward_after(
         found.append(checks.divergence(alarms.logs, f"{task.name}/all/optimal"))
     if guard is not None:
         found.append(checks.verifier_health(guard.counts))
-    checks.write_report(found, folder / "rlvr_report.json", {"stage": name})
+    checks.write_report(without_secrets(found), folder / "rlvr_report.json", {"stage": name})
     return _reward_change(run, name)
 
 

@@ -16,7 +16,8 @@ from typing import Any, Self
 import yaml
 
 from ..data_selection.selection import write_atomic
-from .schema import Recipe, Rl, Sft
+from .masking import hidden, hide, learn, masked
+from .schema import Hub, Recipe, Rl, Sft
 from .trainer_args import given
 from .yaml12 import is_plain_text
 
@@ -108,7 +109,7 @@ class RunFolder:
         write_atomic(self.path / stage / "done", json.dumps({"finished": _now(), "seconds": seconds}).encode())
 
     def log(self, stage: str, step: int, metrics: dict[str, Any]) -> None:
-        line = json.dumps({"stage": stage, "step": step, **metrics}, default=str)
+        line = json.dumps(hidden({"stage": stage, "step": step, **metrics}), default=lambda value: hide(str(value)))
         with (self.path / "metrics.jsonl").open("a") as file:
             file.write(line + "\n")
 
@@ -138,11 +139,12 @@ class RunFolder:
         self._write_record()
 
     def _write_record(self) -> None:
-        write_atomic(self.path / "run.json", json.dumps(self.record, indent=2).encode())
+        write_atomic(self.path / "run.json", json.dumps(hidden(self.record), indent=2).encode())
 
 
 def recipe_text(recipe: Recipe) -> str:
-    """The recipe as YAML, with overrides and krontune's defaults; of a trainer the given keys. `load` reads it back."""
+    """The recipe as YAML, with overrides and krontune's defaults; of a trainer the given keys. `load` reads it back,
+    without the keys and passwords."""
     content = recipe.model_dump()
     for stage, values in zip(recipe.stages, content["stages"], strict=True):
         if isinstance(stage, Sft | Rl):
@@ -150,6 +152,14 @@ def recipe_text(recipe: Recipe) -> str:
         for key in ("credit", "risk", "guard"):
             if isinstance(values.get(key), dict):
                 values[key] = given(getattr(stage, key))
+    if recipe.hub == Hub():  # nothing is pushed; folders of recipes that knew no such section stay valid
+        del content["hub"]
+    learn(content)
+    return yaml_text(masked(content))
+
+
+def yaml_text(content: Any) -> str:
+    """As YAML that `load` reads back."""
     return yaml.dump(content, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 

@@ -11,6 +11,7 @@ import yaml
 
 from ..data_selection.selection import write_atomic
 from ..rl.checks.result import VERDICTS
+from .masking import hidden, masked
 from .run_folder import RunError
 from .verify import RESULT
 
@@ -23,7 +24,8 @@ DURING = ("first_batch", "collapse", "divergence", "verifier_health")
 
 @dataclass(frozen=True)
 class RunFiles:
-    """What a run folder holds, read: `record` (run.json), `recipe`, `metrics`, `verify` (or None) and `report`."""
+    """What a run folder holds, read: `record` (run.json), `recipe`, `metrics`, `verify` (or None) and `report`; without
+    secrets, see `masking`."""
 
     path: Path
     record: dict[str, Any]
@@ -65,7 +67,11 @@ def read_run(path: str | Path) -> RunFiles:
         report = run_report(path, record)
     except (ValueError, KeyError) as error:
         raise RunError(f"a file of {path} is damaged: {error}") from error
-    return RunFiles(path, record, yaml.safe_load(text), text, list(_metrics(path)), verify, report)
+    written = yaml.safe_load(text)
+    recipe = masked(written)
+    if recipe != written:
+        text = yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True)
+    return RunFiles(path, hidden(record), recipe, text, list(_metrics(path)), hidden(verify), hidden(report))
 
 
 def write_report(run: RunFiles) -> None:

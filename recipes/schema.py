@@ -383,6 +383,19 @@ class Verify(Section):
     batch_size: int = Field(default=64, ge=1)
 
 
+class Hub(Section):
+    """Where the run is pushed when it is done, see docs/hub.md."""
+
+    repo: str | None = None
+    """For the adapter, its card and the reports: owner/name; null pushes nothing."""
+    private: bool = True
+    """Of a repository that the push makes."""
+    dataset: str | None = None
+    """For what the select stage picked: owner/name, a data set."""
+    base_model: str | None = None
+    """The Hub id of the base, where base names a folder: whoever loads the adapter gets the base from there."""
+
+
 Stage = Annotated[Select | Sft | Rl | Verify, Field(discriminator="stage")]
 
 
@@ -398,6 +411,7 @@ class Recipe(Section):
     trust_remote_code is true."""
     base: BaseModelSection
     stages: Annotated[list[Stage], Field(min_length=1)]
+    hub: Hub = Hub()
 
     _document: Document | None = PrivateAttr(None)
 

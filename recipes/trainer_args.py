@@ -26,7 +26,7 @@ SET_BY_KRONTUNE = {
     "use_cpu": "the machine decides: an accelerator is used where there is one",
     "disable_tqdm": "krontune prints its own progress line",
     "model_init_kwargs": "the section 'base' of the recipe says how the model is loaded",
-    "push_to_hub": "a run is kept in its folder; nothing is pushed during training",
+    "push_to_hub": "nothing is pushed during training; hub: {repo: owner/name} pushes the run when it is done",
     "save_strategy": "a stage saves its adapter when it is done",
     "resume_from_checkpoint": "a stage that was cut begins again by itself",
     "remove_unused_columns": "krontune prepares the columns",

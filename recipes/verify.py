@@ -12,6 +12,7 @@ from ..rl import checks, heuristic_table, score
 from ..rl.evaluation import mark_all
 from ..rl.plots import draw_completion
 from ..rl.statistics import bootstrap_interval, paired_difference
+from .masking import without_secrets
 from .models import Model
 from .rl import make_credit, make_task
 from .rows import fingerprint
@@ -81,7 +82,7 @@ def run_verify(recipe: Recipe, stage: Verify, run: RunFolder, adapters: list[str
     }
     if ordered:
         about = {"stage": "verify", "model": last, "task": settings.model_dump(), "instances": len(instances)}
-        result["checks"] = checks.write_report(ordered, folder / "rlvr_report.json", about)["checks"]
+        result["checks"] = checks.write_report(without_secrets(ordered), folder / "rlvr_report.json", about)["checks"]
     write_atomic(folder / RESULT, json.dumps(result, indent=2).encode())
     run.finish("verify", certificate={name: value["certificate"]["value"] for name, value in models.items()})
 

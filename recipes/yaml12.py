@@ -23,6 +23,7 @@ from yaml.composer import ComposerError
 from yaml.reader import Reader
 
 from .faults import Fault, RecipeError
+from .masking import hide
 from .syntax_words import plain_words
 
 MAX_NODES = 100_000
@@ -327,4 +328,5 @@ def kind_of(value: Any) -> str:
 
 
 def shorten(text: str) -> str:
+    text = hide(text)  # before it is cut, or a part of a key would be left
     return repr(text if len(text) <= 60 else text[:57] + "...")

@@ -159,6 +159,33 @@ def report(
     _guarded(body, show_traceback)
 
 
+@app.command()
+def push(
+    run: Annotated[Path, typer.Argument(help="The folder of a run that is done.")],
+    repo: Annotated[
+        str | None, typer.Option("--repo", help="owner/name for the adapter (default: the recipe's).")
+    ] = None,
+    dataset: Annotated[str | None, typer.Option("--dataset", help="owner/name for the selected rows.")] = None,
+    public: Annotated[bool, typer.Option("--public", help="Make a new repository public.")] = False,
+    base_model: Annotated[
+        str | None, typer.Option("--base-model", help="The Hub id of the base, where the run used a folder.")
+    ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace files that this run did not put there.")
+    ] = False,
+    show_traceback: Traceback = False,
+) -> None:
+    """Push a run's adapter, card and reports to the Hub; push again to go on where it was cut."""
+
+    def body() -> None:
+        from krontune.recipes.hub import push as push_run
+
+        private = False if public else None
+        push_run(run, repo, dataset, private=private, base_model=base_model, overwrite=overwrite, say=typer.echo)
+
+    _guarded(body, show_traceback)
+
+
 def _guarded(body: Callable[[], Any], show_traceback: bool) -> None:
     """One clear message and an exit code for whatever goes wrong: 2 for a wrong recipe, 1 for a failed run."""
     _settle_libraries()
@@ -174,9 +201,11 @@ def _guarded(body: Callable[[], Any], show_traceback: bool) -> None:
 
 
 def _fail(message: str, code: int, show_traceback: bool) -> None:
+    from krontune.recipes.masking import hide
+
     if show_traceback:
-        traceback.print_exc()
-    typer.echo(message, err=True)
+        typer.echo(hide(traceback.format_exc()), err=True, nl=False)
+    typer.echo(hide(message), err=True)
     sys.exit(code)
 
 

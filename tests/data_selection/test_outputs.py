@@ -2,8 +2,6 @@
 
 import datetime
 import json
-import threading
-from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -108,60 +106,18 @@ def test_the_card_does_without_an_estimator(tmp_path):
     assert "| pool | not recorded |" in card(Selection.load(tmp_path))
 
 
-def test_the_real_client_sends_the_files_to_the_address_it_is_given():
+def test_the_real_client_makes_one_private_commit_of_the_rows(hub, tmp_path):
     """Through huggingface_hub to a server on this machine: what would go over the wire."""
-    from huggingface_hub import HfApi
-
-    seen: list[tuple[str, bytes]] = []
-
-    class Hub(BaseHTTPRequestHandler):
-        home = ""
-
-        def do_POST(self):
-            body = self.rfile.read(int(self.headers["Content-Length"] or 0))
-            seen.append((self.path, body))
-            answer: dict = {"url": f"{self.home}/datasets/me/picked", "name": "me/picked"}
-            if "preupload" in self.path:
-                files = json.loads(body)["files"]
-                answer = {
-                    "files": [{"path": file["path"], "uploadMode": "regular", "shouldIgnore": False} for file in files]
-                }
-            elif "/commit/" in self.path:
-                answer = {
-                    "commitUrl": f"{self.home}/datasets/me/picked/commit/abc",
-                    "commitOid": "abc",
-                    "success": True,
-                }
-            self.reply(answer)
-
-        def do_GET(self):
-            self.reply({"id": "me/picked", "sha": "abc", "siblings": []})
-
-        def reply(self, answer):
-            content = json.dumps(answer).encode()
-            self.send_response(200)
-            self.send_header("Content-Type", "application/json")
-            self.send_header("Content-Length", str(len(content)))
-            self.end_headers()
-            self.wfile.write(content)
-
-        def log_message(self, *arguments):
-            pass
-
-    server = HTTPServer(("127.0.0.1", 0), Hub)
-    Hub.home = f"http://127.0.0.1:{server.server_port}"
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    try:
-        api = HfApi(endpoint=Hub.home, token="hf_none")
-        picked = Dsir(buckets=500).fit(target=["word3 stone"], raw=ROWS).select(ROWS, k=7)
-        assert "abc" in picked.push_to_hub("me/picked", api=api)
-    finally:
-        server.shutdown()
-    paths = [path for path, _ in seen]
-    assert paths[0] == "/api/repos/create" and json.loads(seen[0][1])["type"] == "dataset"
-    commit = next(body for path, body in seen if "/commit/" in path)
-    sent = [json.loads(line)["value"].get("path") for line in commit.splitlines()]
-    assert {"README.md", "data/train.parquet"} <= set(sent)
+    picked = Dsir(buckets=500).fit(target=["word3 stone"], raw=ROWS).select(ROWS, k=7)
+    address = picked.push_to_hub("me/picked")
+    repo = hub.dataset("me/picked")
+    assert address == f"{hub.url}/datasets/me/picked/commit/{repo.sha}"
+    assert repo.private and len(repo.commits) == 2
+    (tmp_path / "train.parquet").write_bytes(repo.files["data/train.parquet"])
+    assert datasets.Dataset.from_parquet(str(tmp_path / "train.parquet")).to_list() == list(picked.rows())
+    assert "| rows picked | 7 |" in repo.files["README.md"].decode()
+    picked.push_to_hub("me/picked")
+    assert len(repo.commits) == 2, "nothing changed"
 
 
 MIXED = [{"text": f"word{i % 3} stone {i}"} for i in range(6)]

@@ -169,6 +169,21 @@ def test_two_runs_at_once_do_not_share_a_folder(recipe, tmp_path, stages):
     assert stages.started == []
 
 
+def test_a_run_is_pushed_at_its_end_and_a_push_that_fails_does_not_fail_it(small, tmp_path, stages, monkeypatch):
+    pushed, said = [], []
+
+    def push(path, say):
+        pushed.append((path, (path / "report.html").is_file()))
+        raise RunError("not pushed to me/x: no network; `krontune push` goes on")
+
+    monkeypatch.setattr("krontune.recipes.hub.push", push)
+    run = chain.run(load(small, ["hub.repo=me/x"]), tmp_path / "run", say=said.append)
+    assert pushed == [(run.path, True)] and said[-1].startswith("not pushed to me/x")
+    assert (run.adapter / "weights").read_text() == "rl"
+    chain.run(load(small), tmp_path / "other", say=said.append)
+    assert len(pushed) == 1
+
+
 def test_several_processes_are_refused(recipe, tmp_path, stages, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(RunError, match="one process"):

@@ -140,8 +140,8 @@ def test_several_faults_at_one_place_are_all_kept(faults_of):
 
 def test_a_trainer_key_that_krontune_sets_is_answered_with_its_place_and_nothing_else(faults_of):
     assert faults_of(HEAD + "- {stage: sft, data: a.txt, trainer: {hub_model_id: x, seed: 1}}\n") == [
-        "r:4:39: 'hub_model_id' is not set under trainer: a run is kept in its folder; "
-        "nothing is pushed during training",
+        "r:4:39: 'hub_model_id' is not set under trainer: "
+        "nothing is pushed during training; hub: {repo: owner/name} pushes the run when it is done",
         "r:4:56: 'seed' is not set under trainer: the key 'seed' of the recipe sets it",
     ]
 
