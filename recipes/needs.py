@@ -30,8 +30,10 @@ def notes(recipe: Recipe) -> list[str]:
     found = []
     source = resolve_model(recipe.base.model)
     if recipe.base.model != NAME and not Path(source).is_dir() and not _is_cached(source, recipe.base.revision):
-        reach = "" if _hub_answers() else ", which does not answer; that the model exists was not checked"
+        reach = "" if hub_answers() else ", which does not answer; that the model exists was not checked"
         found.append(f"model {recipe.base.model!r} is not on this machine and comes from the Hub{reach}")
+        if not hub_answers():
+            found.append("without the model's config.json its modules, its context and its memory were not looked at")
     for stage in recipe.stages:
         if not isinstance(stage, Rl):
             continue
@@ -103,11 +105,11 @@ def _given_or_default(trainer: dict[str, Any], key: str) -> Any:
 
 def out_of_reach(source: Any) -> bool:
     """A data set of the Hub that nothing can be said of without a network."""
-    return isinstance(source, HubRows) and not Path(source.hub).is_dir() and not _hub_answers()
+    return isinstance(source, HubRows) and not Path(source.hub).is_dir() and not hub_answers()
 
 
 @cache
-def _hub_answers() -> bool:
+def hub_answers() -> bool:
     """Whether the Hub can be asked, found out once and quickly: its own client tries for half a minute."""
     if constants.HF_HUB_OFFLINE:
         return False

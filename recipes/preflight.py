@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from ..adapters import AdapterError
 from ..adapters.base import resolve_model
 from ..adapters.embedded import NAME
 from ..rl import CertificateTask, Guarded, RlError, TokenCredit
@@ -21,6 +22,7 @@ from .rewards import make_reward
 from .rl import make_credit, make_risk, make_task, training_rows
 from .rows import Row
 from .schema import Adapter, Recipe, Rl
+from .targets import ConfigError, linear_names, meta_model, targets_of, unmatched
 from .trainer_args import given
 from .training import moka_config, trainer_arguments
 from .verify_checks import wanted
@@ -62,6 +64,8 @@ def _model_faults(recipe: Recipe) -> Iterator[Fault]:
         yield Fault(where, f"model folder {source!r} does not exist or holds no config.json")
     elif not looks_like_folder and not Path(source).is_dir():
         yield from (Fault(where, message) for message in _hub_faults(source, recipe.base.revision))
+    else:
+        yield from (Fault(where, message) for _, message in tried((), lambda: meta_model(recipe.base)))
 
 
 def _hub_faults(repo: str, revision: str | None) -> Iterator[str]:
@@ -92,7 +96,7 @@ def _attention_faults(recipe: Recipe) -> Iterator[Fault]:
 
 
 def _sft_faults(recipe: Recipe, stage: Any) -> Found:
-    yield from _adapter_faults(stage.adapter)
+    yield from _adapter_faults(recipe, stage.adapter)
     if not isinstance(stage.data, str):
         yield from source_faults(("data",), stage.data)
     yield from _trainer_faults(recipe, stage, "SFTConfig")
@@ -100,7 +104,7 @@ def _sft_faults(recipe: Recipe, stage: Any) -> Found:
 
 def _rl_faults(recipe: Recipe, stage: Rl) -> Found:
     if stage.adapter is not None:
-        yield from _adapter_faults(stage.adapter)
+        yield from _adapter_faults(recipe, stage.adapter)
     yield from tried(("credit",), lambda: make_credit(stage))
     yield from tried(("risk",), lambda: make_risk(stage))
     yield from _conflicts(stage)
@@ -232,8 +236,28 @@ def _verify_faults(recipe: Recipe, stage: Any) -> Found:
             yield ("checks", number), f"the check {name!r} is asked for twice; leave one out"
 
 
-def _adapter_faults(adapter: Adapter) -> Found:
-    yield from tried(("adapter",), lambda: moka_config(adapter))
+def _adapter_faults(recipe: Recipe, adapter: Adapter) -> Found:
+    faults = [*tried(("adapter",), lambda: moka_config(adapter)), *_expression_faults(adapter)]
+    yield from faults
+    if not faults:
+        yield from _target_faults(recipe, adapter)
+
+
+def _target_faults(recipe: Recipe, adapter: Adapter) -> Found:
+    """The adapter put on a model without weights; where the model's configuration is not to be had, nothing."""
+    try:
+        targets_of(recipe.base, adapter)
+    except ConfigError:  # said of the base
+        return
+    except AdapterError as error:
+        model = meta_model(recipe.base)
+        wrong = list(unmatched([name for name, _ in model.named_modules()], linear_names(model), adapter))
+        yield from ((("adapter", message.partition(":")[0]), message) for message in wrong)
+        if not wrong:
+            yield ("adapter",) if adapter.target_modules is None else ("adapter", "target_modules"), str(error)
+
+
+def _expression_faults(adapter: Adapter) -> Found:
     for key in ("target_modules", "exclude_modules"):
         value = getattr(adapter, key)
         if isinstance(value, str) and value != "all-linear":
