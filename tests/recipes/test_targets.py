@@ -117,7 +117,7 @@ def test_an_output_layer_of_its_own_is_a_fault(folder):
 
 
 def test_a_size_without_factors_is_refused_with_the_factors_and_a_ladder_takes_it():
-    model = {"intermediate_size": 127, "hidden_size": 61, "num_attention_heads": 1, "num_key_value_heads": 1}
+    model = {"intermediate_size": 127, "hidden_size": 61, "num_attention_heads": 1, "head_dim": 16}
     message = r"'model.layers.0.mlp.up_proj' has 127 outputs and 61 inputs.*127 = 127, 61 = 61"
     with pytest.raises(AdapterError, match=message):
         match(tiny(**model), Adapter(target_modules=["up_proj"]))
