@@ -68,6 +68,15 @@ def base_config(base: BaseModelSection) -> Any:
         raise ConfigError(f"model folder {source!r} has a config.json that cannot be used: {reason[:300]}") from error
 
 
+def context_of(base: BaseModelSection) -> int | None:
+    """Positions that the model was made for; None where it knows no bound, or its configuration is not to be had."""
+    try:
+        config = base_config(base)
+    except ConfigError:
+        return None
+    return None if config is None else getattr(config.get_text_config(), "max_position_embeddings", None)
+
+
 def skeleton(config: Any, trust_remote_code: bool = False) -> Any:
     """The model of a configuration on the meta device: all its modules and no weights, in no time.
 

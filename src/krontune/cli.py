@@ -47,6 +47,9 @@ def check(recipe: RecipeName, overrides: Overrides = None, show_traceback: Trace
         if faults:
             raise RecipeError(faults)
         typer.echo(f"{recipe}: no faults; stages: {', '.join(stage.stage for stage in loaded.stages)}")
+        from krontune.recipes.preview import print_preview
+
+        print_preview(loaded)
         for note in notes(loaded):
             typer.echo(f"{recipe}: note: {note}")
 
