@@ -49,7 +49,7 @@ def notes(recipe: Recipe) -> list[str]:
 
 def _work(stage: Rl) -> Iterator[str]:
     """What an rl stage generates, where that is too much for a CPU."""
-    steps = _steps(stage)
+    steps = steps_of(stage)
     if steps is None:
         yield (
             "how many steps the rl stage takes is not known, as its rows were not counted: whether it needs a GPU, "
@@ -57,7 +57,7 @@ def _work(stage: Rl) -> Iterator[str]:
         )
         return
     length = _given_or_default(given(stage.trainer), "max_completion_length") or 0
-    tokens = steps * _batch(stage) * length * (1 + len(stage.controls))
+    tokens = steps * batch_of(stage) * length * (1 + len(stage.controls))
     if tokens > MANY_TOKENS:
         yield (
             f"the rl stage generates up to {tokens / 1e6:.0f} million tokens in {steps} steps: that needs a GPU, and "
@@ -65,27 +65,27 @@ def _work(stage: Rl) -> Iterator[str]:
         )
 
 
-def _steps(stage: Rl) -> int | None:
+def steps_of(stage: Rl) -> int | None:
     """Of the optimiser, by TRL's defaults where the recipe says nothing; None where the rows are not known."""
     trainer = given(stage.trainer)
     most = _given_or_default(trainer, "max_steps")
     if most > 0:
         return most
-    rows = stage.instances if stage.task is not None else _rows(stage.data or ())
+    rows = stage.instances if stage.task is not None else count_rows(stage.data or ())
     if rows is None:
         return None
     group = _given_or_default(trainer, "num_generations") or 1
-    return ceil(_given_or_default(trainer, "num_train_epochs") * rows * group / _batch(stage))
+    return ceil(_given_or_default(trainer, "num_train_epochs") * rows * group / batch_of(stage))
 
 
-def _batch(stage: Rl) -> int:
+def batch_of(stage: Rl) -> int:
     """Completions a step."""
     trainer = given(stage.trainer)
     each = _given_or_default(trainer, "per_device_train_batch_size")
     return max(1, each * _given_or_default(trainer, "gradient_accumulation_steps"))
 
 
-def _rows(sources: Sequence[RowSource]) -> int | None:
+def count_rows(sources: Sequence[RowSource]) -> int | None:
     """How many rows there are; None for data of the Hub, a large file, and one that cannot be read."""
     total = 0
     for source in sources:

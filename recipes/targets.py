@@ -32,11 +32,16 @@ class ConfigError(AdapterError):
 class Targets:
     """What an adapter adapts."""
 
-    modules: list[str]  # dotted names, as the model has them
+    modules: dict[str, Size]  # dotted names, as the model has them, each with its outputs and inputs
     trainable: int  # parameters of the adapter
     parameters: int  # of the base
-    counts: dict[Size, int]  # layers of (outputs, inputs)
-    shapes: dict[Size, list[Size]]  # of the factors A there
+    shapes: dict[Size, list[Size]]  # of the factors A of a layer of such a size
+    r: int
+
+    @property
+    def counts(self) -> dict[Size, int]:
+        """How many layers there are of each size."""
+        return dict(Counter(self.modules.values()))
 
     def lines(self) -> Iterator[str]:
         share = self.trainable / self.parameters
@@ -139,17 +144,13 @@ def match(model: Any, adapter: Adapter) -> Targets:
         raise
     except ValueError as error:  # PEFT has no choice for the architecture, or all that matched was excluded
         raise AdapterError(f"{' '.join(str(error).split())} {_known(linear)}") from error
+    matched = inspect_matched_modules(tuned.base_model)["matched"]
     layers = {name: module for name, module in model.named_modules() if isinstance(module, MokaLayer)}
-    sizes = Counter((layer.out_features, layer.in_features) for layer in layers.values())
-    shapes = {size: config.resolved_shapes[f"{size[0]}x{size[1]}:{config.n_shapes}"] for size in sizes}
+    sizes = {name: (layers[name].out_features, layers[name].in_features) for name in matched}
+    shapes = {size: config.resolved_shapes[f"{size[0]}x{size[1]}:{config.n_shapes}"] for size in sizes.values()}
     trainable, _ = tuned.get_nb_trainable_parameters()
-    found = Targets(
-        inspect_matched_modules(tuned.base_model)["matched"],
-        trainable,
-        parameters,
-        dict(sizes),
-        {size: [(o, i) for o, i in some[: config.r]] for size, some in shapes.items()},
-    )
+    shapes = {size: [(o, i) for o, i in some[: config.r]] for size, some in shapes.items()}
+    found = Targets(sizes, trainable, parameters, shapes, config.r)
     if config.shapes == "balanced":
         _refuse_rank_one(found, layers)
     return found

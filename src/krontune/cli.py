@@ -57,6 +57,38 @@ def check(recipe: RecipeName, overrides: Overrides = None, show_traceback: Trace
 
 
 @app.command()
+def plan(
+    recipe: RecipeName,
+    overrides: Overrides = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print it as JSON, with the resolved recipe.")] = False,
+    probe: Annotated[
+        bool | None,
+        typer.Option("--probe/--no-probe", help="Time a few tokens on the loaded model (default: where it is here)."),
+    ] = None,
+    show_traceback: Traceback = False,
+) -> None:
+    """Say what a recipe will take: steps, tokens, memory and time of each stage."""
+
+    def body() -> None:
+        from krontune.recipes import RecipeError, load
+        from krontune.recipes import check as find_faults
+        from krontune.recipes.plan import plan as make_plan
+        from krontune.recipes.plan import print_plan
+
+        loaded = load(recipe, overrides or ())
+        faults = find_faults(loaded)
+        if faults:
+            raise RecipeError(faults)
+        found = make_plan(loaded, probe)
+        if as_json:
+            typer.echo(found.as_json(), nl=False)
+        else:
+            print_plan(found)
+
+    _guarded(body, show_traceback)
+
+
+@app.command()
 def run(
     recipe: RecipeName,
     overrides: Overrides = None,
