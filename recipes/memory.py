@@ -144,7 +144,8 @@ def layer_bytes(
 
 def _adapter_keeps(targets: Targets, tokens: int, attention: str, dropout: bool) -> tuple[int, int]:
     """Of all adapted modules together: bytes a token for their inputs, and bytes for their matrices and factors."""
-    inputs, matrices, seen = 0, 6 * targets.trainable, set()
+    inputs, matrices, seen = 0, 0, set()
+    built = {size: _factors(targets, size) for size in targets.shapes}
     for name, (n_out, n_in) in targets.modules.items():
         parent, _, own = name.rpartition(".")
         group = next((min(names) for names in SHARED_INPUTS if own in names), own)
@@ -152,17 +153,20 @@ def _adapter_keeps(targets: Targets, tokens: int, attention: str, dropout: bool)
             inputs += HALF * n_in
         inputs += (HALF + 1) * n_in if dropout else 0
         seen.add((parent, group))
-        if _through_matrix(targets, (n_out, n_in), tokens):
-            matrices += HALF * n_out * n_in
+        a, b = built[n_out, n_in]
+        numbers = sum(factor.numel() for factor in (*a, *b))
+        # Measured: on the way to a matrix three copies of the factors are kept, else between one and two.
+        matrices += HALF * (n_out * n_in + 3 * numbers) if weight_is_cheaper(tokens, a, b) else 3 * numbers
     return inputs, matrices
 
 
-def _through_matrix(targets: Targets, size: Size, tokens: int) -> bool:
+def _factors(targets: Targets, size: Size) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """The factors A and B of a layer of this size, without numbers."""
     shapes, (n_out, n_in) = targets.shapes[size], size
     counts = [targets.r // len(shapes) + (i < targets.r % len(shapes)) for i in range(len(shapes))]
     a = [torch.empty(k, o, i, device="meta") for k, (o, i) in zip(counts, shapes, strict=True)]
     b = [torch.empty(k, n_out // o, n_in // i, device="meta") for k, (o, i) in zip(counts, shapes, strict=True)]
-    return weight_is_cheaper(tokens, a, b)
+    return a, b
 
 
 def activation_bytes(
