@@ -1,9 +1,11 @@
 """What a recipe will take."""
 
 import json
+import string
 
 import pytest
-from transformers import LlamaConfig, LlamaForCausalLM
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
 from krontune.cli import app
@@ -22,8 +24,13 @@ def offline(monkeypatch):
 
 
 @pytest.fixture
-def tiny(small, tmp_path, tokenizer):
-    """The recipe `small` over a tiny random model, weights and all."""
+def tiny(small, tmp_path):
+    """The recipe `small` over a tiny random model of single characters, weights and all."""
+    characters = {token: number for number, token in enumerate(["<pad>", "</s>", "<unk>", *string.printable])}
+    words = Tokenizer(models.WordLevel(characters, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
+    tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
     config = LlamaConfig(
         hidden_size=64,
         intermediate_size=128,
