@@ -106,7 +106,10 @@ class _Planner:
 
     def plan(self) -> Plan:
         own = {Select: self.select, Sft: self.sft, Rl: self.rl, Verify: self.verify}
-        return Plan(self.recipe, [own[type(stage)](stage) for stage in self.recipe.stages], self.probe)
+        stages = [
+            own[type(stage)](stage) if type(stage) in own else StagePlan(stage.stage) for stage in self.recipe.stages
+        ]
+        return Plan(self.recipe, stages, self.probe)
 
     def select(self, stage: Select) -> StagePlan:
         pool = _exhausted(source_faults(("raw",), stage.raw)).rows
@@ -129,8 +132,9 @@ class _Planner:
         tokens_are = "bound" if not known else "counted" if len(known) == rows else "estimated"
         length = max(known, default=longest)
         memory = seconds = None
-        if self.targets is not None:
-            memory = sft_memory(self.model, self.recipe.base, stage, self.targets, length, self.triton)
+        targets = None if self.model is None else targets_of(self.recipe.base, stage.adapter)
+        if targets is not None:
+            memory = sft_memory(self.model, self.recipe.base, stage, targets, length, self.triton)
         if self.probe and tokens is not None:
             one = self.prober.training(trainer, value_of(trainer, "per_device_train_batch_size"), round(mean))
             seconds = one * tokens * (1 + len(stage.controls))
@@ -233,13 +237,13 @@ def print_plan(found: Plan) -> None:
             _time(stage.seconds),
         )
     console.print(work)
-    sizes = {stage.stage: stage.memory.parts() for stage in found.stages if stage.memory}
+    sizes = [(stage.stage, stage.memory.parts()) for stage in found.stages if stage.memory]
     if sizes:
         memory = Table(title="memory at the peak; training and rollouts take turns", title_justify="left")
-        for column in ("part", *sizes):
+        for column in ("part", *(stage for stage, _ in sizes)):
             memory.add_column(column, justify="left" if column == "part" else "right")
-        for name in next(iter(sizes.values())):
-            memory.add_row(name, *(readable(parts[name]) if parts[name] else "" for parts in sizes.values()))
+        for name in sizes[0][1]:
+            memory.add_row(name, *(readable(parts[name]) if parts[name] else "" for _, parts in sizes))
         console.print(memory)
     if not found.probed:
         console.print("time was not probed; --probe loads the model and tries a few tokens")
