@@ -105,7 +105,7 @@ class _Planner:
         self.targets: Targets | None = None if self.model is None else targets_of(recipe.base, self.adapter)
 
     def plan(self) -> Plan:
-        own = {Select: self.select, Sft: self.sft, Rl: self.rl, Verify: self.verify}
+        own: dict[type, Any] = {Select: self.select, Sft: self.sft, Rl: self.rl, Verify: self.verify}
         stages = [
             own[type(stage)](stage) if type(stage) in own else StagePlan(stage.stage) for stage in self.recipe.stages
         ]
