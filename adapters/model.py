@@ -49,7 +49,7 @@ class MokaModel(BaseTuner):
             target.update_layer(adapter_name, **kwargs)
             return
         _check_linear(target, current_key)
-        _check_not_tied(self.model, target, current_key)
+        _check_not_output(self.model, target, current_key)
         layer = MokaLinear(target, adapter_name, **kwargs)
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)  # a further adapter is not trained until it is made active
@@ -171,15 +171,21 @@ def _check_linear(target: nn.Module, key: str) -> None:
         )
 
 
-def _check_not_tied(model: nn.Module, target: nn.Module, key: str) -> None:
-    """An output layer that shares its weight with the embedding cannot be adapted apart from it."""
-    inputs = model.get_input_embeddings() if isinstance(model, PreTrainedModel) else None
-    weight = getattr(inputs, "weight", None)
-    if weight is not None and getattr(target, "weight", None) is weight:
+def _check_not_output(model: nn.Module, target: nn.Module, key: str) -> None:
+    """An output layer cannot be adapted: trainers read its weight past the adapter, and it may be the embedding's."""
+    if not isinstance(model, PreTrainedModel):
+        return
+    weight, instead = getattr(target, "weight", None), f"modules_to_save=[{key.rpartition('.')[2]!r}]"
+    embedding = getattr(model.get_input_embeddings(), "weight", None)
+    if embedding is not None and weight is embedding:
         raise AdapterError(
             f"{key!r} shares its weight with the input embedding, which a merge would change too, and trainers read "
-            "that weight past the adapter; take it out of target_modules, or train a copy in full with "
-            f"modules_to_save=[{key.rpartition('.')[2]!r}]"
+            f"that weight past the adapter; take it out of target_modules, or train a copy in full with {instead}"
+        )
+    if target is model.get_output_embeddings():
+        raise AdapterError(
+            f"{key!r} is the output layer, whose weight trainers read past an adapter, which would then learn nothing; "
+            f"take it out of target_modules, or train it in full with {instead}"
         )
 
 

@@ -31,8 +31,10 @@ def notes(recipe: Recipe) -> list[str]:
     found = []
     source = resolve_model(recipe.base.model)
     if recipe.base.model != NAME and not Path(source).is_dir() and not _is_cached(source, recipe.base.revision):
-        reach = "" if _hub_answers() else ", which does not answer; that the model exists was not checked"
+        reach = "" if hub_answers() else ", which does not answer; that the model exists was not checked"
         found.append(f"model {recipe.base.model!r} is not on this machine and comes from the Hub{reach}")
+        if not hub_answers():
+            found.append("without the model's config.json its modules, its context and its memory were not looked at")
     for stage in recipe.stages:
         for data in _sources(stage):
             if isinstance(data, HubRows) and not Path(data.hub).is_dir():
@@ -57,7 +59,7 @@ def _sources(stage: Stage) -> Sequence[Source | RowSource]:
 
 def _work(stage: Rl) -> Iterator[str]:
     """What an rl stage generates, where that is too much for a CPU."""
-    steps = _steps(stage)
+    steps = steps_of(stage)
     if steps is None:
         yield (
             "how many steps the rl stage takes is not known, as its rows were not counted: whether it needs a GPU, "
@@ -65,7 +67,7 @@ def _work(stage: Rl) -> Iterator[str]:
         )
         return
     length = _given_or_default(given(stage.trainer), "max_completion_length") or 0
-    tokens = steps * _batch(stage) * length * (1 + len(stage.controls))
+    tokens = steps * batch_of(stage) * length * (1 + len(stage.controls))
     if tokens > MANY_TOKENS:
         yield (
             f"the rl stage generates up to {tokens / 1e6:.0f} million tokens in {steps} steps: that needs a GPU, and "
@@ -73,27 +75,27 @@ def _work(stage: Rl) -> Iterator[str]:
         )
 
 
-def _steps(stage: Rl) -> int | None:
+def steps_of(stage: Rl) -> int | None:
     """Of the optimiser, by TRL's defaults where the recipe says nothing; None where the rows are not known."""
     trainer = given(stage.trainer)
     most = _given_or_default(trainer, "max_steps")
     if most > 0:
         return most
-    rows = stage.instances if stage.task is not None else _rows(stage.data or ())
+    rows = stage.instances if stage.task is not None else count_rows(stage.data or ())
     if rows is None:
         return None
     group = _given_or_default(trainer, "num_generations") or 1
-    return ceil(_given_or_default(trainer, "num_train_epochs") * rows * group / _batch(stage))
+    return ceil(_given_or_default(trainer, "num_train_epochs") * rows * group / batch_of(stage))
 
 
-def _batch(stage: Rl) -> int:
+def batch_of(stage: Rl) -> int:
     """Completions a step."""
     trainer = given(stage.trainer)
     each = _given_or_default(trainer, "per_device_train_batch_size")
     return max(1, each * _given_or_default(trainer, "gradient_accumulation_steps"))
 
 
-def _rows(sources: Sequence[RowSource]) -> int | None:
+def count_rows(sources: Sequence[RowSource]) -> int | None:
     """How many rows there are; None for data of the Hub, a large file, and one that cannot be read."""
     total = 0
     for source in sources:
@@ -113,11 +115,11 @@ def _given_or_default(trainer: dict[str, Any], key: str) -> Any:
 
 def out_of_reach(source: Any) -> bool:
     """A data set of the Hub that nothing can be said of without a network."""
-    return isinstance(source, HubRows) and not Path(source.hub).is_dir() and not _hub_answers()
+    return isinstance(source, HubRows) and not Path(source.hub).is_dir() and not hub_answers()
 
 
 @cache
-def _hub_answers() -> bool:
+def hub_answers() -> bool:
     """Whether the Hub can be asked, found out once and quickly: its own client tries for half a minute."""
     if constants.HF_HUB_OFFLINE:
         return False

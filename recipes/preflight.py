@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from ..adapters import AdapterError
 from ..adapters.base import resolve_model
 from ..adapters.embedded import NAME
 from ..rl import CertificateTask, Guarded, RlError, TokenCredit
@@ -17,12 +18,14 @@ from .faults import Fault
 from .hub_check import hub_faults
 from .needs import HUB_TIMEOUT_S, out_of_reach
 from .own import is_own, not_allowed
+from .rendered import first_rows, load_tokenizer, longest_prompt, sft_row
 from .reward_trial import NOT_JUDGED, ROWS, faults_of_reward, right_forms, rows_to_try, wrong_texts
 from .rewards import make_reward
 from .rl import make_credit, make_risk, make_task, training_rows
 from .rows import Row
-from .schema import Adapter, Recipe, Rl
-from .trainer_args import given
+from .schema import Adapter, Recipe, Rl, Sft
+from .targets import ConfigError, context_of, linear_names, meta_model, targets_of, unmatched
+from .trainer_args import given, value_of
 from .training import moka_config, trainer_arguments
 from .verify_checks import wanted
 
@@ -64,6 +67,8 @@ def _model_faults(recipe: Recipe) -> Iterator[Fault]:
         yield Fault(where, f"model folder {source!r} does not exist or holds no config.json")
     elif not looks_like_folder and not Path(source).is_dir():
         yield from (Fault(where, message) for message in _hub_faults(source, recipe.base.revision))
+    else:
+        yield from (Fault(where, message) for _, message in tried((), lambda: meta_model(recipe.base)))
 
 
 def _hub_faults(repo: str, revision: str | None) -> Iterator[str]:
@@ -94,15 +99,30 @@ def _attention_faults(recipe: Recipe) -> Iterator[Fault]:
 
 
 def _sft_faults(recipe: Recipe, stage: Any) -> Found:
-    yield from _adapter_faults(stage.adapter)
+    yield from _adapter_faults(recipe, stage.adapter)
     if not isinstance(stage.data, str):
         yield from source_faults(("data",), stage.data)
+    yield from _row_faults(recipe, stage)
     yield from _trainer_faults(recipe, stage, "SFTConfig")
+    longest, context = given(stage.trainer).get("max_length"), context_of(recipe.base)
+    if longest and context and longest > context:
+        yield ("trainer", "max_length"), f"max_length is {longest} and the model's context {context}; give at most that"
+
+
+def _row_faults(recipe: Recipe, stage: Sft) -> Found:
+    """A row of each source that the model's tokenizer can make nothing of."""
+    tokenizer = load_tokenizer(recipe.base)
+    try:
+        rows = [] if tokenizer is None else list(first_rows(recipe, stage))
+    except (ValueError, OSError):  # said of the source
+        return
+    for row in rows:
+        yield from tried(("data",), partial(sft_row, row, stage, tokenizer))
 
 
 def _rl_faults(recipe: Recipe, stage: Rl) -> Found:
     if stage.adapter is not None:
-        yield from _adapter_faults(stage.adapter)
+        yield from _adapter_faults(recipe, stage.adapter)
     yield from tried(("credit",), lambda: make_credit(stage))
     yield from tried(("risk",), lambda: make_risk(stage))
     yield from _conflicts(stage)
@@ -143,9 +163,31 @@ def _reward_faults(recipe: Recipe, stage: Rl, task: CertificateTask | None) -> F
         return
     if not rows:
         yield ("data",), "data is empty: its sources hold no rows"
-    elif is_own(stage.reward) or stage.reward not in NOT_JUDGED:
+        return
+    yield from _context_faults(recipe, stage, rows)
+    if is_own(stage.reward) or stage.reward not in NOT_JUDGED:
         for few_rows in rows_to_try(stage, rows, task):
             yield from _tried_reward(recipe, stage, task, few_rows)
+
+
+def _context_faults(recipe: Recipe, stage: Rl, rows: list[Row]) -> Found:
+    """Prompts and completions that the model cannot hold, or prompts that it cannot be given."""
+    tokenizer, context = load_tokenizer(recipe.base), context_of(recipe.base)
+    if tokenizer is None:
+        return
+    faults = list(tried(("task" if stage.task else "data",), lambda: longest_prompt(rows, tokenizer)))
+    yield from faults
+    if faults or context is None:
+        return
+    prompt, completion = longest_prompt(rows, tokenizer), value_of(stage.trainer, "max_completion_length")
+    if completion and prompt + completion > context:
+        yield (
+            ("trainer", "max_completion_length"),
+            (
+                f"a prompt of {prompt} tokens and max_completion_length {completion} do not fit the model's context of "
+                f"{context}; give at most {max(context - prompt, 0)}, or shorter prompts"
+            ),
+        )
 
 
 def _tried_reward(recipe: Recipe, stage: Rl, task: CertificateTask | None, rows: list[Row]) -> Found:
@@ -220,6 +262,12 @@ def _verify_faults(recipe: Recipe, stage: Any) -> Found:
     if unfit:
         yield from unfit
         return
+    context = context_of(recipe.base)
+    if context is not None and stage.max_new_tokens >= context:
+        yield (
+            ("max_new_tokens",),
+            f"max_new_tokens is {stage.max_new_tokens} and the model's context {context}; leave room for the prompt",
+        )
     test = partial(make_task(task).instances, seed=stage.seed, split="test")
     if wanted(stage, ["size_ladder"]):
         yield from tried(("sizes",), lambda: [test(stage.probes, size) for size in stage.sizes])
@@ -234,8 +282,28 @@ def _verify_faults(recipe: Recipe, stage: Any) -> Found:
             yield ("checks", number), f"the check {name!r} is asked for twice; leave one out"
 
 
-def _adapter_faults(adapter: Adapter) -> Found:
-    yield from tried(("adapter",), lambda: moka_config(adapter))
+def _adapter_faults(recipe: Recipe, adapter: Adapter) -> Found:
+    faults = [*tried(("adapter",), lambda: moka_config(adapter)), *_expression_faults(adapter)]
+    yield from faults
+    if not faults:
+        yield from _target_faults(recipe, adapter)
+
+
+def _target_faults(recipe: Recipe, adapter: Adapter) -> Found:
+    """The adapter put on a model without weights; where the model's configuration is not to be had, nothing."""
+    try:
+        targets_of(recipe.base, adapter)
+    except ConfigError:  # said of the base
+        return
+    except AdapterError as error:
+        model = meta_model(recipe.base)
+        wrong = list(unmatched([name for name, _ in model.named_modules()], linear_names(model), adapter))
+        yield from ((("adapter", message.partition(":")[0]), message) for message in wrong)
+        if not wrong:
+            yield ("adapter",) if adapter.target_modules is None else ("adapter", "target_modules"), str(error)
+
+
+def _expression_faults(adapter: Adapter) -> Found:
     for key in ("target_modules", "exclude_modules"):
         value = getattr(adapter, key)
         if isinstance(value, str) and value != "all-linear":

@@ -98,3 +98,10 @@ GuardArgs = _options("GuardArgs", Guarded.__init__, "Options of krontune.rl.Guar
 def given(section: BaseModel) -> dict[str, Any]:
     """The keys that the recipe states, as keyword arguments of the configuration class."""
     return section.model_dump(exclude_unset=True)
+
+
+def value_of(section: BaseModel, key: str) -> Any:
+    """What a field of a trainer section is: as given, else TRL's default."""
+    config_class: Any = SFTConfig if isinstance(section, SftTrainerArgs) else GRPOConfig
+    defaults = {field.name: field.default for field in dataclasses.fields(config_class)}
+    return given(section).get(key, defaults[key])

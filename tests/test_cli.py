@@ -213,7 +213,7 @@ def test_audit_of_a_recipe_without_a_reward_is_refused_with_code_2(recipe):
 def test_check_of_a_recipe_for_a_gpu_and_the_hub_says_what_it_needs_and_has_no_faults(monkeypatch):
     from krontune.recipes import needs
 
-    monkeypatch.setattr(needs, "_hub_answers", lambda: False)
+    monkeypatch.setattr(needs, "hub_answers", lambda: False)
     monkeypatch.setattr("torch.accelerator.is_available", lambda: False)
     monkeypatch.setattr("krontune.recipes.preflight._hub_faults", lambda repo, revision: iter(()))
     result = krontune("check", "grpo_math")

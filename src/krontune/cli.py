@@ -11,13 +11,34 @@ import typer
 WRONG_RECIPE, FAILED_RUN = 2, 1
 
 app = typer.Typer(
-    add_completion=False,
-    no_args_is_help=True,
     pretty_exceptions_enable=False,
     help="Make a 4-bit language model better at something: select data, train a small adapter, reinforce, verify.",
 )
 
-RecipeName = Annotated[str, typer.Argument(help="A recipe file, or the name of a shipped recipe.")]
+FIRST = """\
+krontune doctor                  what is installed here, and what would go wrong
+krontune recipes                 the shipped recipes; quickstart runs on a CPU in minutes
+krontune copy quickstart         a recipe of your own to edit
+krontune check quickstart.yaml   every fault, before anything is trained; plan: what it will take
+krontune run quickstart.yaml     run it; run it again to go on where it was cut; --help: all else"""
+
+
+def _complete_shipped(incomplete: str) -> list[str]:
+    """Names of shipped recipes, by their files: reading them would take longer than a key press."""
+    from importlib.resources import files
+
+    names = sorted(file.name for file in files("krontune.recipes").iterdir() if file.name.endswith(".yaml"))
+    return [name.removesuffix(".yaml") for name in names if name.startswith(incomplete)]
+
+
+def _complete_recipe(incomplete: str) -> list[str]:
+    here = sorted(file.name for file in Path().glob("*.y*ml") if file.name.startswith(incomplete))
+    return [*here, *_complete_shipped(incomplete)]
+
+
+RecipeName = Annotated[
+    str, typer.Argument(help="A recipe file, or the name of a shipped recipe.", autocompletion=_complete_recipe)
+]
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(help="path.to.key=value, e.g. stages.sft.trainer.max_steps=10", metavar="[KEY=VALUE]..."),
@@ -26,12 +47,16 @@ Traceback = Annotated[bool, typer.Option("--traceback", help="Print the whole tr
 
 
 @app.callback(invoke_without_command=True)
-def _version(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+def _front(
+    context: typer.Context, version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False
+) -> None:
     if version:
         from . import __version__
 
         typer.echo(f"krontune {__version__}")
         raise typer.Exit
+    if context.invoked_subcommand is None:
+        typer.echo(FIRST)
 
 
 @app.command()
@@ -47,8 +72,43 @@ def check(recipe: RecipeName, overrides: Overrides = None, show_traceback: Trace
         if faults:
             raise RecipeError(faults)
         typer.echo(f"{recipe}: no faults; stages: {', '.join(stage.stage for stage in loaded.stages)}")
+        from krontune.recipes.preview import print_preview
+
+        print_preview(loaded)
         for note in notes(loaded):
             typer.echo(f"{recipe}: note: {note}")
+
+    _guarded(body, show_traceback)
+
+
+@app.command()
+def plan(
+    recipe: RecipeName,
+    overrides: Overrides = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print it as JSON, with the resolved recipe.")] = False,
+    probe: Annotated[
+        bool | None,
+        typer.Option("--probe/--no-probe", help="Time a few tokens on the loaded model (default: where it is here)."),
+    ] = None,
+    show_traceback: Traceback = False,
+) -> None:
+    """Say what a recipe will take: steps, tokens, memory and time of each stage."""
+
+    def body() -> None:
+        from krontune.recipes import RecipeError, load
+        from krontune.recipes import check as find_faults
+        from krontune.recipes.plan import plan as make_plan
+        from krontune.recipes.plan import print_plan
+
+        loaded = load(recipe, overrides or ())
+        faults = find_faults(loaded)
+        if faults:
+            raise RecipeError(faults)
+        found = make_plan(loaded, probe)
+        if as_json:
+            typer.echo(found.as_json(), nl=False)
+        else:
+            print_plan(found)
 
     _guarded(body, show_traceback)
 
@@ -100,6 +160,21 @@ def audit(
     _guarded(body, show_traceback)
 
 
+@app.command()
+def doctor() -> None:
+    """Look at this machine: versions, devices, known traps and their cures; exit 1 where something is broken."""
+
+    def body() -> None:
+        from krontune.recipes.doctor import examine, print_findings
+
+        findings = examine()
+        print_findings(findings)
+        if any(finding.state == "broken" for finding in findings):
+            sys.exit(FAILED_RUN)
+
+    _guarded(body, show_traceback=False)
+
+
 @app.command("recipes")
 def list_recipes() -> None:
     """List the shipped recipes."""
@@ -115,7 +190,7 @@ def list_recipes() -> None:
 
 @app.command()
 def copy(
-    name: Annotated[str, typer.Argument(help="A shipped recipe.")],
+    name: Annotated[str, typer.Argument(help="A shipped recipe.", autocompletion=_complete_shipped)],
     to: Annotated[Path | None, typer.Argument(help="The new file (default: NAME.yaml here).")] = None,
 ) -> None:
     """Copy a shipped recipe, to be edited."""

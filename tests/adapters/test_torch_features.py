@@ -95,8 +95,14 @@ def test_training_under_autocast_is_near_float32_and_keeps_float32_parameters(ti
 def test_an_output_layer_tied_to_the_embedding_is_refused(tiny_llama):
     with pytest.raises(AdapterError, match=r"'lm_head' shares its weight.*modules_to_save=\['lm_head'\]"):
         get_peft_model(tiny_llama(tie_word_embeddings=True), MokaConfig(target_modules=["q_proj", "lm_head"]))
-    get_peft_model(tiny_llama(), MokaConfig(target_modules=["q_proj", "lm_head"]))
     get_peft_model(tiny_llama(tie_word_embeddings=True), MokaConfig(target_modules="all-linear"))
+
+
+def test_an_output_layer_of_its_own_is_refused_too_as_trainers_read_past_an_adapter_on_it(tiny_llama):
+    for targets in (["q_proj", "lm_head"], r".*(q_proj|lm_head)"):
+        with pytest.raises(AdapterError, match=r"'lm_head' is the output layer.*modules_to_save=\['lm_head'\]"):
+            get_peft_model(tiny_llama(), MokaConfig(target_modules=targets))
+    get_peft_model(tiny_llama(), MokaConfig(target_modules=["q_proj"], modules_to_save=["lm_head"]))
 
 
 @pytest.mark.slow

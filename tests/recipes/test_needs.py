@@ -14,7 +14,7 @@ TRAINER = "{per_device_train_batch_size: 8, num_generations: 8, max_completion_l
 @pytest.fixture(autouse=True)
 def no_gpu(monkeypatch):
     monkeypatch.setattr("torch.accelerator.is_available", lambda: False)
-    monkeypatch.setattr("krontune.recipes.needs._hub_answers", lambda: False)
+    monkeypatch.setattr("krontune.recipes.needs.hub_answers", lambda: False)
 
 
 def notes_of(small, *overrides):

@@ -1,4 +1,5 @@
 import pytest
+from transformers import LlamaConfig
 
 from krontune.recipes.loader import load
 from krontune.recipes.preflight import check
@@ -31,8 +32,7 @@ def test_the_model_is_looked_up_and_not_loaded(small, tmp_path, monkeypatch):
         [fault] = faults_of(small)
         small.write_text(small.read_text().replace(f"model: {folder}", "model: smollm2-135m"))
         assert fault.startswith("r:2:8: model folder ") and folder.removeprefix("~") in fault
-    (tmp_path / "model").mkdir()
-    (tmp_path / "model" / "config.json").write_text("{}")
+    LlamaConfig(num_hidden_layers=1).save_pretrained(tmp_path / "model")
     assert faults_of(small, "base.model=./model") == []
 
 

@@ -1,0 +1,261 @@
+"""What a recipe will do, before it does it: steps, tokens, memory and time of each stage."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from itertools import islice
+from math import ceil
+from typing import Any
+
+import torch
+import yaml
+from rich.console import Console
+from rich.table import Table
+
+from . import needs
+from .data_faults import Seen, source_faults
+from .memory import (
+    Memory,
+    adapter_bytes,
+    dense_numbers,
+    generated_at_once,
+    readable,
+    rl_memory,
+    rollout_bytes,
+    sft_memory,
+    weight_bytes,
+)
+from .probe import Probe, Prober, at_hand
+from .rendered import load_tokenizer, longest_prompt
+from .rl import make_task, training_rows
+from .rows import read_sources, tokenize
+from .run_folder import recipe_text
+from .schema import Adapter, Recipe, Rl, Select, Sft, Verify
+from .targets import ConfigError, Targets, context_of, meta_model, targets_of
+from .trainer_args import value_of
+
+COUNTED_ROWS = 2000  # that are made into tokens to count them; of more the mean is taken to hold
+LOOKED_AT = 64  # prompts, for the longest
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """Of one stage. None stands for what cannot be known before the run, or without the model."""
+
+    stage: str
+    runs: int = 1
+    """Itself and its controls."""
+    rows: int | None = None
+    steps: int | None = None
+    """Of the optimizer, a run."""
+    tokens: int | None = None
+    """That go forward and backward, a run."""
+    tokens_are: str = "bound"
+    """counted, estimated from the first rows, or a bound: no row is longer than max_length."""
+    generated: int | None = None
+    """At most, a run."""
+    memory: Memory | None = None
+    seconds: float | None = None
+    """Of all runs, without loading and scoring."""
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self) | {"memory": self.memory.parts() if self.memory else None}
+
+
+@dataclass(frozen=True)
+class Plan:
+    recipe: Recipe
+    stages: list[StagePlan]
+    probed: bool
+
+    def as_json(self) -> str:
+        found = {
+            "recipe": yaml.safe_load(recipe_text(self.recipe)),
+            "device": _device(),
+            "probed": self.probed,
+            "stages": [stage.as_dict() for stage in self.stages],
+        }
+        return json.dumps(found, indent=2) + "\n"
+
+
+def plan(recipe: Recipe, probe: bool | None = None) -> Plan:
+    """Plan a recipe that `check` finds no fault in.
+
+    Args:
+        probe: time a micro-batch and a few tokens on the loaded model; None does so where its weights are here.
+
+    Raises:
+        BaseModelError: the model is to be probed and cannot be loaded.
+    """
+    return _Planner(recipe, at_hand(recipe) if probe is None else probe).plan()
+
+
+class _Planner:
+    def __init__(self, recipe: Recipe, probe: bool) -> None:
+        self.recipe, self.probe = recipe, probe
+        self.triton = torch.cuda.is_available()
+        self.tokenizer = load_tokenizer(recipe.base)
+        self.adapter = next((stage.adapter for stage in recipe.stages if getattr(stage, "adapter", None)), Adapter())
+        self.prober = Prober(recipe, self.adapter)
+        self.picked: int | None = None
+        try:
+            self.model: Any = meta_model(recipe.base)
+        except ConfigError:
+            self.model = None
+        self.targets: Targets | None = None if self.model is None else targets_of(recipe.base, self.adapter)
+
+    def plan(self) -> Plan:
+        own: dict[type, Any] = {Select: self.select, Sft: self.sft, Rl: self.rl, Verify: self.verify}
+        stages = [
+            own[type(stage)](stage) if type(stage) in own else StagePlan(stage.stage) for stage in self.recipe.stages
+        ]
+        return Plan(self.recipe, stages, self.probe)
+
+    def select(self, stage: Select) -> StagePlan:
+        pool = _exhausted(source_faults(("raw",), stage.raw)).rows
+        if isinstance(stage.k, int):
+            self.picked = stage.k
+        elif stage.k is not None and pool is not None:
+            self.picked = int(stage.k * pool)
+        return StagePlan("select", rows=self.picked)
+
+    def sft(self, stage: Sft) -> StagePlan:
+        trainer = stage.trainer
+        longest = value_of(trainer, "max_length") or context_of(self.recipe.base) or 0
+        lengths = None if isinstance(stage.data, str) or self.tokenizer is None else list(self._lengths(stage.data))
+        rows = self.picked if lengths is None else len(lengths)
+        known = [min(length, longest) for length in lengths or () if length is not None]
+        batch = value_of(trainer, "per_device_train_batch_size") * value_of(trainer, "gradient_accumulation_steps")
+        steps = _steps(trainer, rows, batch)
+        mean = sum(known) / len(known) if known else longest
+        tokens = None if steps is None else round(steps * batch * mean)
+        tokens_are = "bound" if not known else "counted" if len(known) == rows else "estimated"
+        length = max(known, default=longest)
+        memory = seconds = None
+        targets = None if self.model is None else targets_of(self.recipe.base, stage.adapter)
+        if targets is not None:
+            memory = sft_memory(self.model, self.recipe.base, stage, targets, length, self.triton)
+        if self.probe and tokens is not None:
+            one = self.prober.training(trainer, value_of(trainer, "per_device_train_batch_size"), round(mean))
+            seconds = one * tokens * (1 + len(stage.controls))
+        return StagePlan("sft", 1 + len(stage.controls), rows, steps, tokens, tokens_are, None, memory, seconds)
+
+    def _lengths(self, sources: Any) -> Iterator[int | None]:
+        """Tokens of each row; None beyond the first COUNTED_ROWS."""
+        for number, row in enumerate(read_sources(sources, "data")):
+            yield len(tokenize(row, self.tokenizer)["input_ids"]) if number < COUNTED_ROWS else None
+
+    def rl(self, stage: Rl) -> StagePlan:
+        trainer, runs = stage.trainer, 1 + len(stage.controls)
+        steps, batch = needs.steps_of(stage), needs.batch_of(stage)
+        completion, prompt = value_of(trainer, "max_completion_length"), self._prompt(stage)
+        rows = stage.instances if stage.task is not None else needs.count_rows(stage.data or ())
+        generated = None if steps is None else steps * batch * completion
+        tokens = None if steps is None or prompt is None else steps * batch * (prompt + completion)
+        memory = seconds = None
+        if self.targets is not None and prompt is not None:
+            memory = rl_memory(self.model, self.recipe.base, stage, self.targets, prompt, self.triton)
+        if self.probe and steps is not None and tokens is not None and prompt is not None:
+            each = value_of(trainer, "per_device_train_batch_size")
+            at_once = generated_at_once(stage)
+            found = Probe(
+                self.prober.training(trainer, each, prompt + completion), *self.prober.generating(at_once, prompt)
+            )
+            rounds = ceil(steps * batch / at_once)
+            answering = rounds * (found.prefill + found.decode_step * completion)
+            seconds = runs * (tokens * found.train_token + answering)
+        return StagePlan("rl", runs, rows, steps, tokens, "bound", generated, memory, seconds)
+
+    def _prompt(self, stage: Rl) -> int | None:
+        """Tokens of the longest of the first prompts."""
+        if self.tokenizer is None or any(needs.out_of_reach(source) for source in stage.data or ()):
+            return None
+        few = stage if stage.task is None else stage.model_copy(update={"instances": min(stage.instances, LOOKED_AT)})
+        rows = training_rows(few, self.recipe.seed)
+        return longest_prompt((dict(row) for row in islice(rows, LOOKED_AT)), self.tokenizer)
+
+    def verify(self, stage: Verify) -> StagePlan:
+        trained = [s for s in self.recipe.stages if isinstance(s, Sft | Rl)]
+        runs = 1 + sum(1 + len(s.controls) for s in trained)  # the base and every adapter
+        generated = stage.instances * (1 + stage.samples) * stage.max_new_tokens
+        settings = stage.task or self.recipe.stage("rl").task
+        task, memory, seconds = make_task(settings), None, None
+        few = task.dataset(min(stage.instances, LOOKED_AT), settings.n, stage.seed, "test", settings.discriminating)
+        prompt = None if self.tokenizer is None else longest_prompt((dict(row) for row in few), self.tokenizer)
+        if self.targets is not None and prompt is not None:
+            size = min(stage.batch_size, stage.instances)
+            base = self.recipe.base
+            dense = dense_numbers(self.model, base, self.targets) if base.dense_generation else 0
+            rollouts = rollout_bytes(self.model.config, size, prompt, stage.max_new_tokens, dense=dense)
+            weights = weight_bytes(self.model, base.quantization)
+            memory = Memory(weights, adapter_bytes(self.targets.trainable)[0], 0, 0, 0, 0, rollouts)
+            if self.probe:
+                prefill, step = self.prober.generating(size, prompt)
+                rounds = ceil(stage.instances * (1 + stage.samples) / size)
+                seconds = runs * rounds * (prefill + step * stage.max_new_tokens)
+        return StagePlan("verify", runs, stage.instances, None, None, "bound", generated, memory, seconds)
+
+
+def _exhausted(finder: Any) -> Seen:
+    """What a generator of faults returns at its end."""
+    while True:
+        try:
+            next(finder)
+        except StopIteration as end:
+            return end.value
+
+
+def _steps(trainer: Any, rows: int | None, batch: int) -> int | None:
+    most = value_of(trainer, "max_steps")
+    if most > 0:
+        return most
+    return None if rows is None else ceil(value_of(trainer, "num_train_epochs") * ceil(rows / batch))
+
+
+def _device() -> str:
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+
+
+def print_plan(found: Plan) -> None:
+    """Two tables: what each stage does, and what its memory is made of."""
+    console = Console()
+    work = Table(
+        title=f"{found.recipe.name}, on {_device()}; trained and generated are tokens of one run", title_justify="left"
+    )
+    for column in ("stage", "runs", "rows", "steps", "trained", "generated", "memory", "time"):
+        work.add_column(column, justify="left" if column == "stage" else "right")
+    for stage in found.stages:
+        most = "" if stage.tokens_are == "counted" else "<= " if stage.tokens_are == "bound" else "~ "
+        work.add_row(
+            stage.stage,
+            str(stage.runs),
+            _number(stage.rows),
+            _number(stage.steps),
+            _number(stage.tokens, most),
+            _number(stage.generated, "<= "),
+            readable(stage.memory.peak) if stage.memory else "?" if stage.stage != "select" else "",
+            _time(stage.seconds),
+        )
+    console.print(work)
+    sizes = [(stage.stage, stage.memory.parts()) for stage in found.stages if stage.memory]
+    if sizes:
+        memory = Table(title="memory at the peak; training and rollouts take turns", title_justify="left")
+        for column in ("part", *(stage for stage, _ in sizes)):
+            memory.add_column(column, justify="left" if column == "part" else "right")
+        for name in sizes[0][1]:
+            memory.add_row(name, *(readable(parts[name]) if parts[name] else "" for _, parts in sizes))
+        console.print(memory)
+    if not found.probed:
+        console.print("time was not probed; --probe loads the model and tries a few tokens")
+
+
+def _number(value: int | None, most: str = "") -> str:
+    return "" if value is None else f"{most}{value:,}"
+
+
+def _time(seconds: float | None) -> str:
+    if seconds is None:
+        return ""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
