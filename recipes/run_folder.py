@@ -84,9 +84,13 @@ class RunFolder:
     def is_done(self, stage: str) -> bool:
         return (self.path / stage / "done").is_file() and stage in self.record["stages"]
 
-    def begin(self, stage: str, keep: Collection[str] = ()) -> Path:
+    def key(self, stage: str) -> str | None:
+        """What the stage's result depends on, as one hash."""
+        return hashlib.sha256(self.recipe_text.encode()).hexdigest()
+
+    def begin(self, stage: str, keep: Collection[str] = (), step: int = 0, seconds: float = 0.0) -> Path:
         """The folder for the stage, empty but for the parts named in `keep`; what else an earlier, cut attempt left is
-        removed."""
+        removed, also its metrics of the steps after `step`. seconds: that the attempt took up to there."""
         folder = self.path / stage
         for part in folder.iterdir() if folder.is_dir() else ():
             if part.name not in keep:
@@ -94,10 +98,10 @@ class RunFolder:
         folder.mkdir(exist_ok=True)
         metrics = self.path / "metrics.jsonl"
         if metrics.is_file():
-            lines = [line for line in metrics.read_text().splitlines() if _stage_of(line) not in (stage, None)]
+            lines = [line for line in metrics.read_text().splitlines() if _stands(line, stage, step)]
             write_atomic(metrics, "".join(f"{line}\n" for line in lines).encode())
         self._circumstances()
-        self._started = time.monotonic()
+        self._started = time.monotonic() - seconds
         return folder
 
     def finish(self, stage: str, **facts: Any) -> None:
@@ -169,6 +173,12 @@ def _stage_of(line: str) -> str | None:
         return json.loads(line)["stage"]
     except (ValueError, KeyError):
         return None
+
+
+def _stands(line: str, stage: str, step: int) -> bool:
+    """Whether a metrics line is whole and not of the steps of the stage after this one."""
+    whose = _stage_of(line)
+    return whose is not None and (whose != stage or json.loads(line)["step"] <= step)
 
 
 def _is_empty(path: Path) -> bool:

@@ -126,7 +126,8 @@ class CertificateReward:
         return {"coin": self._coin.getstate()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self._coin.setstate(state["coin"])
+        version, words, spare = state["coin"]
+        self._coin.setstate((version, tuple(words), spare))  # a list where it came from a file
 
     def _payment(self, trainer_state: Any) -> Callable[[CertificateTask, Mark], float]:
         if self.kind == "mixture":
@@ -343,7 +344,8 @@ class RandomReward:
         return {"coin": self._coin.getstate()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self._coin.setstate(state["coin"])
+        version, words, spare = state["coin"]
+        self._coin.setstate((version, tuple(words), spare))  # a list where it came from a file
 
     def __call__(
         self, prompts: Sequence[Any] | None = None, completions: Sequence[Any] | None = None, **columns: Any
