@@ -2,19 +2,22 @@
 
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from .compare import PAGE, publish
+from .content import listed
 from .faults import RecipeError
+from .history import History
 from .preflight import check
 from .rl import run_rl
 from .run_folder import RunError, RunFolder
-from .schema import Recipe, Rl, Sft
+from .schema import Recipe, Rl, Select, Sft
 from .select import run_select
 from .sft import run_sft
+from .steps import Step, steps
 from .training import ADAPTER
 from .verify import run_verify
 
@@ -35,7 +38,8 @@ class Run:
 def run(recipe: Recipe, out_dir: str | Path | None = None, say: Callable[[str], None] = print) -> Run:
     """Run the stages that are not done yet, in `out_dir` (default: runs/<name>).
 
-    A stage that was cut begins again; a finished one is skipped.
+    A stage that was cut goes on, or begins again where it has nothing to go on from. A finished one is skipped, unless
+    something that it was made from has changed: then it runs again, and what it made before is moved aside.
 
     Raises:
         RecipeError: the recipe cannot run as it stands; nothing was started.
@@ -44,45 +48,43 @@ def run(recipe: Recipe, out_dir: str | Path | None = None, say: Callable[[str], 
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise RunError("krontune runs in one process; start it without a launcher, or with --num_processes 1")
     folder = RunFolder(out_dir or Path("runs") / recipe.name, recipe)
-    steps = list(_steps(recipe, folder))
-    if not all(folder.is_done(name) for name, _ in steps):
+    todo, history = steps(recipe), History(folder)
+    if any(history.changes(step) is not None for step in todo):
         faults = check(recipe)
         if faults:
             raise RecipeError(faults)
     with folder:
-        ran = False
-        for name, step in steps:
-            if folder.is_done(name) and not ran:  # what stands on a stage that ran anew is run anew too
-                say(f"{name}: done before, skipped")
+        history.settle()
+        moved = history.leave_out(todo, say)
+        for step in todo:
+            changes = history.changes(step)
+            if changes is None:
+                say(f"{step.name}: done before, skipped")
                 continue
-            ran = True
-            step()
-            seconds = folder.record["stages"][name]["seconds"]
-            say(f"{name}: done in {seconds:.0f} s")
+            moved = True
+            if history.take_back(step, say):
+                continue
+            if changes:
+                say(f"{step.name}: {listed(changes)}, runs again; what it made before is kept, in {step.name}.old-*")
+            history.expect(step)
+            _do(recipe, step, folder)
+            seconds = folder.record["stages"][step.name]["seconds"]
+            say(f"{step.name}: done in {seconds:.0f} s")
         _publish_adapter(recipe, folder)
-        if ran or not (folder.path / PAGE).is_file():
+        if moved or not (folder.path / PAGE).is_file():
             publish(folder.path)
         return Run(folder.path, folder.record)
 
 
-def _steps(recipe: Recipe, folder: RunFolder) -> Iterator[tuple[str, Callable[[], None]]]:
-    """Each piece of work that is done or not: a stage, or a control of one."""
-    adapters: list[str] = []
-    for stage in recipe.stages:
-        if stage.stage == "select":
-            yield "select", lambda s=stage: run_select(recipe, s, folder)
-        elif isinstance(stage, Sft):
-            for control in [None, *stage.controls]:
-                name = f"sft-{control}" if control else "sft"
-                yield name, lambda s=stage, c=control: run_sft(recipe, s, folder, c)
-                adapters.append(name)
-        elif isinstance(stage, Rl):
-            for control in [None, *stage.controls]:
-                name = f"rl-{control}" if control else "rl"
-                yield name, lambda s=stage, c=control: run_rl(recipe, s, folder, c)
-                adapters.append(name)
-        else:
-            yield "verify", lambda s=stage, a=tuple(adapters): run_verify(recipe, s, folder, list(a))
+def _do(recipe: Recipe, step: Step, folder: RunFolder) -> None:
+    if isinstance(step.stage, Select):
+        run_select(recipe, step.stage, folder)
+    elif isinstance(step.stage, Sft):
+        run_sft(recipe, step.stage, folder, step.control)
+    elif isinstance(step.stage, Rl):
+        run_rl(recipe, step.stage, folder, step.control)
+    else:
+        run_verify(recipe, step.stage, folder, list(step.needs))
 
 
 def _publish_adapter(recipe: Recipe, folder: RunFolder) -> None:

@@ -75,7 +75,8 @@ def exact_parameters(model: torch.nn.Module) -> Iterator[None]:
 
 def begin(run: RunFolder, stage: str) -> tuple[Path, Checkpoint | None]:
     """The folder of a training stage, and the checkpoint to go on from, which a cut attempt left there."""
-    last = last_checkpoint(run.path / stage, run.key(stage))
+    finished = (run.path / stage / "done").is_file()  # it is moved aside with what it holds
+    last = None if finished else last_checkpoint(run.path / stage, run.key(stage))
     if last is None:
         return run.begin(stage), None
     print(f"{stage}: goes on after step {last.step}", file=sys.stderr)
