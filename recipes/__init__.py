@@ -17,8 +17,9 @@ if TYPE_CHECKING:
     from .preflight import check
     from .run_folder import RunError
     from .schema import Recipe
+    from .sweep import run_sweep
 
-__all__ = ["Fault", "Recipe", "RecipeError", "Run", "RunError", "check", "load", "notes", "run"]
+__all__ = ["Fault", "Recipe", "RecipeError", "Run", "RunError", "check", "load", "notes", "run", "run_sweep"]
 
 _HOME = {
     "Fault": ".faults",
@@ -30,6 +31,7 @@ _HOME = {
     "load": ".loader",
     "notes": ".needs",
     "run": ".chain",
+    "run_sweep": ".sweep",
 }
 
 

@@ -2,7 +2,7 @@
 
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,18 +35,28 @@ class Run:
         return self.path / ADAPTER
 
 
-def run(recipe: Recipe, out_dir: str | Path | None = None, say: Callable[[str], None] = print) -> Run:
+def run(
+    recipe: Recipe,
+    out_dir: str | Path | None = None,
+    say: Callable[[str], None] = print,
+    share: Sequence[Path] = (),
+) -> Run:
     """Run the stages that are not done yet, in `out_dir` (default: runs/<name>).
 
     A stage that was cut goes on, or begins again where it has nothing to go on from. A finished one is skipped, unless
     something that it was made from has changed: then it runs again, and what it made before is moved aside.
 
+    share: folders of other runs; a stage that one of them has made from the same is linked and not run.
+
     Raises:
         RecipeError: the recipe cannot run as it stands; nothing was started.
-        RunError: the folder belongs to another run, or several processes were started; nothing was written.
+        RunError: the recipe is a sweep, see `run_sweep`; the folder belongs to another run; or several processes were
+            started. Nothing was written.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise RunError("krontune runs in one process; start it without a launcher, or with --num_processes 1")
+    if recipe.sweep:
+        raise RunError("the recipe has a sweep, which is many runs; run_sweep runs them")
     folder = RunFolder(out_dir or Path("runs") / recipe.name, recipe)
     todo, history = steps(recipe), History(folder)
     if any(history.changes(step) is not None for step in todo):
@@ -62,7 +72,7 @@ def run(recipe: Recipe, out_dir: str | Path | None = None, say: Callable[[str], 
                 say(f"{step.name}: done before, skipped")
                 continue
             moved = True
-            if history.take_back(step, say):
+            if history.take(step, share, say):
                 continue
             if changes:
                 say(f"{step.name}: {listed(changes)}, runs again; what it made before is kept, in {step.name}.old-*")

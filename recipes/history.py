@@ -1,7 +1,9 @@
 """What a run folder holds already, and what of it still stands for a recipe."""
 
+import json
 from collections.abc import Callable, Sequence
 from functools import cached_property
+from pathlib import Path
 
 from .content import Digests, Inputs, changes, key_of
 from .faults import RecipeError
@@ -72,12 +74,16 @@ class History:
     def expect(self, step: Step) -> None:
         self.folder.expect(step.name, self.inputs(step))
 
-    def take_back(self, step: Step, say: Say) -> bool:
-        """Whether the step was done with these very inputs before something was changed, and stands again."""
-        old = self.folder.old(step.name, key_of(self.inputs(step)))
-        if not (old / "done").is_file():
-            return False
-        lines = (old / METRICS).read_text(encoding="utf-8").splitlines()
-        self.folder.take(step.name, old, lines)
-        say(f"{step.name}: changed back to what was done before, taken from {old.name}")
-        return True
+    def take(self, step: Step, share: Sequence[Path], say: Say) -> bool:
+        """Whether the step was done from these very inputs already, before something was changed or in one of the runs
+        in `share`; then it stands again."""
+        key = key_of(self.inputs(step))
+        own = self.folder.old(step.name, key)
+        for source in (own, *(other / step.name for other in share)):
+            if not (source / "done").is_file() or json.loads((source / "done").read_text()).get("key") != key:
+                continue
+            metrics = (source if source == own else source.parent) / METRICS
+            self.folder.take(step.name, source, metrics)
+            say(f"{step.name}: made from the same before, taken from {source}")
+            return True
+        return False

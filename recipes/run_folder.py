@@ -8,7 +8,7 @@ import platform
 import shutil
 import subprocess
 import time
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Self
@@ -183,9 +183,11 @@ class RunFolder:
     def old(self, stage: str, key: str) -> Path:
         return self.path / f"{stage}.old-{key[:8]}"
 
-    def take(self, stage: str, source: Path, lines: Iterable[str]) -> None:
-        """Make the finished stage in the folder `source`, with its metrics, the one of this run. It is moved, unless it
-        belongs to another run, which keeps it."""
+    def take(self, stage: str, source: Path, metrics: Path) -> None:
+        """Make the finished stage in the folder `source`, with its lines of `metrics`, the one of this run. It is
+        moved, unless it belongs to another run, which keeps it."""
+        lines = metrics.read_text(encoding="utf-8").splitlines() if metrics.is_file() else []
+        lines = [line for line in lines if _stage_of(line) == stage]
         self.set_aside(stage)
         shutil.rmtree(self.path / stage, ignore_errors=True)
         (source.rename if source.parent == self.path else _linked(source))(self.path / stage)
@@ -240,7 +242,7 @@ class RunFolder:
 
 def recipe_text(recipe: Recipe) -> str:
     """The recipe as YAML, with overrides and krontune's defaults; of a trainer the given keys. `load` reads it back."""
-    content = recipe.model_dump()
+    content = recipe.model_dump(exclude=None if recipe.sweep else {"sweep"})
     for stage, values in zip(recipe.stages, content["stages"], strict=True):
         if isinstance(stage, Sft | Rl):
             values["trainer"] = given(stage.trainer)

@@ -391,6 +391,8 @@ class Recipe(Section):
     trust_remote_code is true."""
     base: BaseModelSection
     stages: Annotated[list[Stage], Field(min_length=1)]
+    sweep: dict[str, Annotated[list[Any], Field(min_length=1)]] = {}
+    """Values to try, by path as in an override, e.g. {stages.sft.adapter.r: [4, 8]}; all combinations are run."""
 
     _document: Document | None = PrivateAttr(None)
 
