@@ -75,8 +75,9 @@ def run(
             if history.take(step, share, say):
                 continue
             if changes:
-                say(f"{step.name}: {listed(changes)}, runs again; what it made before is kept, in {step.name}.old-*")
-            history.expect(step)
+                kept = folder.aside(step.name).name
+                say(f"{step.name}: {listed(changes)}, runs again; what it made before is kept in {kept}")
+            history.expect(step, say)
             _do(recipe, step, folder)
             seconds = folder.record["stages"][step.name]["seconds"]
             say(f"{step.name}: done in {seconds:.0f} s")

@@ -18,8 +18,9 @@ from transformers import TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..data_selection.selection import write_atomic
+from .run_folder import TRAINER
 
-TRAINER, MARK = "trainer", "complete.json"
+MARK = "complete.json"
 SAVING = ("save_strategy", "save_steps", "save_total_limit")
 
 # A twentieth of the steps, and of the checkpoints the last two: the one that is written while the other is whole.

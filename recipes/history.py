@@ -71,8 +71,11 @@ class History:
             say(f"{name}: no longer in the recipe, kept in {aside.name if aside else name}")
         return bool(gone)
 
-    def expect(self, step: Step) -> None:
-        self.folder.expect(step.name, self.inputs(step))
+    def expect(self, step: Step, say: Say) -> None:
+        """Say what the step is made from."""
+        moved = self.folder.expect(step.name, self.inputs(step))
+        if moved is not None:
+            say(f"{step.name}: was cut while it was made from something else; its checkpoints are kept in {moved.name}")
 
     def take(self, step: Step, share: Sequence[Path], say: Say) -> bool:
         """Whether the step was done from these very inputs already, before something was changed or in one of the runs

@@ -23,7 +23,7 @@ from .trainer_args import given
 from .yaml12 import is_plain_text, read
 
 PACKAGES = ("krontune", "torch", "transformers", "peft", "trl", "accelerate", "bitsandbytes", "datasets", "numpy")
-LOCK, METRICS, BEGUN = ".lock", "metrics.jsonl", "begun"
+LOCK, METRICS, BEGUN, TRAINER = ".lock", "metrics.jsonl", "begun", "trainer"
 
 
 class RunError(RuntimeError):
@@ -105,9 +105,22 @@ class RunFolder:
         """What the marker of a finished stage says; `inputs` is missing from one of an early version."""
         return json.loads((self.path / stage / "done").read_text(encoding="utf-8"))
 
-    def expect(self, stage: str, inputs: Inputs) -> None:
-        """Say what the stage is going to be made from. Of a cut attempt at something else nothing is kept."""
+    def expect(self, stage: str, inputs: Inputs) -> Path | None:
+        """Say what the stage is going to be made from. Of a cut attempt at something else nothing is kept, but for its
+        checkpoints: it is moved aside, to the folder that is returned, and taken back where it is wanted again."""
         self._expected[stage] = inputs
+        key, folder = key_of(inputs), self.path / stage
+        begun, moved = folder / BEGUN, None
+        if begun.is_file() and begun.read_text() != key and any(folder.glob(f"{TRAINER}/*")):
+            moved = self._move(stage, begun.read_text())
+        old = self.old(stage, key)
+        if (old / BEGUN).is_file():
+            self.set_aside(stage)
+            shutil.rmtree(folder, ignore_errors=True)
+            lines = (old / METRICS).read_text(encoding="utf-8").splitlines()
+            old.rename(folder)
+            self._keep_metrics([*self._metric_lines(), *lines])
+        return moved
 
     def key(self, stage: str) -> str | None:
         """The hash of what the stage is made from; None where nobody has said it."""
@@ -169,8 +182,18 @@ class RunFolder:
         none. It is no part of the run from then on."""
         if not (self.path / stage / "done").is_file():
             return None
+        return self._move(stage, self._key_of_done(stage))
+
+    def aside(self, stage: str) -> Path:
+        """Where a finished stage is going to be moved."""
+        return self.old(stage, self._key_of_done(stage))
+
+    def _key_of_done(self, stage: str) -> str:
         mark = self.mark(stage)
-        aside = self.old(stage, mark.get("key") or key_of(mark))
+        return mark.get("key") or key_of(mark)
+
+    def _move(self, stage: str, key: str) -> Path:
+        aside = self.old(stage, key)
         shutil.rmtree(aside, ignore_errors=True)  # which was made from the same
         lines = [line for line in self._metric_lines() if _stage_of(line) == stage]
         write_atomic(self.path / stage / METRICS, "".join(f"{line}\n" for line in lines).encode())

@@ -11,8 +11,8 @@ from peft import PeftModel, get_peft_model
 from transformers import PrinterCallback, Trainer, set_seed
 
 from ..adapters import MokaConfig, load_base
-from .checkpoints import TRAINER, Checkpoint, Checkpoints, last_checkpoint, remove_checkpoints, saving
-from .run_folder import RunError, RunFolder
+from .checkpoints import Checkpoint, Checkpoints, last_checkpoint, remove_checkpoints, saving
+from .run_folder import TRAINER, RunError, RunFolder
 from .schema import Adapter, BaseModelSection, Recipe
 from .trainer_args import given
 

@@ -74,12 +74,10 @@ def test_a_changed_key_reruns_its_stage_and_what_stands_on_it_and_keeps_what_was
     before = Path("run/sft/adapter/weights").read_text()
     ran, said = again(f"{LR}=2e-4")
     assert ran == ["sft", "rl", "verify"]
-    assert said[:2] == [
-        "select: done before, skipped",
-        "sft: trainer.learning_rate changed (0.001 -> 0.0002), runs again; what it made before is kept, in sft.old-*",
-    ]
-    assert any(line.startswith("rl: sft made something else, runs again") for line in said)
     [old] = Path("run").glob("sft.old-*")
+    what = "sft: trainer.learning_rate changed (0.001 -> 0.0002), runs again; what it made before is kept in"
+    assert said[:2] == ["select: done before, skipped", f"{what} {old.name}"]
+    assert any(line.startswith("rl: sft made something else, runs again") for line in said)
     assert (old / "adapter" / "weights").read_text() == before
     assert json.loads((old / "metrics.jsonl").read_text())["text"] == before
     lines = [json.loads(line) for line in Path("run/metrics.jsonl").read_text().splitlines()]
@@ -231,3 +229,20 @@ def test_nothing_is_kept_of_a_cut_attempt_at_something_else_but_what_may_be_reus
         folder.expect("verify", {"a": 3})
         folder.begin("verify", reuse=("answers",))
         assert {one.name for one in place.iterdir()} == {"answers", "begun"}
+
+
+def test_the_checkpoints_of_a_cut_attempt_at_something_else_are_kept_and_taken_back(small):
+    with RunFolder("run", load(small)) as folder:
+        folder.expect("sft", {"a": 1})
+        place = folder.begin("sft", keep=("trainer",))
+        (place / "trainer" / "checkpoint-1").mkdir(parents=True)
+        folder.log("sft", 1, {"loss": 2.0})
+    with RunFolder("run", load(small)) as folder:  # as one that forgets an override
+        moved = folder.expect("sft", {"a": 2})
+        assert moved.name.startswith("sft.old-") and (moved / "trainer" / "checkpoint-1").is_dir()
+        assert not (folder.begin("sft", keep=("trainer",)) / "trainer").exists() and folder.metrics("sft") == []
+        folder.finish("sft")
+        assert folder.expect("sft", {"a": 1}) is None
+        assert (folder.begin("sft", keep=("trainer",), step=1) / "trainer" / "checkpoint-1").is_dir()
+        assert folder.metrics("sft") == [{"stage": "sft", "step": 1, "loss": 2.0}]
+        assert not moved.exists() and len(list(folder.path.glob("sft.old-*"))) == 1

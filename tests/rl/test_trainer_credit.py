@@ -467,9 +467,13 @@ def test_a_run_that_is_continued_ends_like_an_unbroken_one(tmp_path):
     ("options", "at"),
     [
         ({"num_iterations": 3}, 4),  # in the middle of what was sampled
-        ({"per_device_train_batch_size": 2, "steps_per_generation": 4, "gradient_accumulation_steps": 1}, 3),
+        pytest.param(
+            {"per_device_train_batch_size": 2, "steps_per_generation": 4, "gradient_accumulation_steps": 1},
+            3,
+            marks=pytest.mark.slow,
+        ),
         ({}, 5),  # in the second epoch, whose order is another
-        ({}, 4),  # between two epochs
+        pytest.param({}, 4, marks=pytest.mark.slow),  # between two epochs
     ],
 )
 def test_a_run_that_is_continued_anywhere_ends_with_the_same_bits(tmp_path, options, at):
