@@ -18,8 +18,9 @@ if TYPE_CHECKING:
     from .preflight import check
     from .run_folder import RunError
     from .schema import Recipe
+    from .sweep import run_sweep
 
-__all__ = ["Fault", "Recipe", "RecipeError", "Run", "RunError", "check", "load", "notes", "push", "run"]
+__all__ = ["Fault", "Recipe", "RecipeError", "Run", "RunError", "check", "load", "notes", "push", "run", "run_sweep"]
 
 _HOME = {
     "Fault": ".faults",
@@ -32,6 +33,7 @@ _HOME = {
     "notes": ".needs",
     "push": ".hub",
     "run": ".chain",
+    "run_sweep": ".sweep",
 }
 
 

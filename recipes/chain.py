@@ -2,20 +2,23 @@
 
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from .compare import PAGE, publish
+from .content import listed
 from .faults import RecipeError
+from .history import History
 from .masking import hide
 from .preflight import check
 from .rl import run_rl
 from .run_folder import RunError, RunFolder
-from .schema import Recipe, Rl, Sft
+from .schema import Recipe, Rl, Select, Sft
 from .select import run_select
 from .sft import run_sft
+from .steps import Step, steps
 from .training import ADAPTER
 from .verify import run_verify
 
@@ -33,35 +36,54 @@ class Run:
         return self.path / ADAPTER
 
 
-def run(recipe: Recipe, out_dir: str | Path | None = None, say: Callable[[str], None] = print) -> Run:
+def run(
+    recipe: Recipe,
+    out_dir: str | Path | None = None,
+    say: Callable[[str], None] = print,
+    share: Sequence[Path] = (),
+) -> Run:
     """Run the stages that are not done yet, in `out_dir` (default: runs/<name>).
 
-    A stage that was cut begins again; a finished one is skipped.
+    A stage that was cut goes on, or begins again where it has nothing to go on from. A finished one is skipped, unless
+    something that it was made from has changed: then it runs again, and what it made before is moved aside.
+
+    share: folders of other runs; a stage that one of them has made from the same is linked and not run.
 
     Raises:
         RecipeError: the recipe cannot run as it stands; nothing was started.
-        RunError: the folder belongs to another run, or several processes were started; nothing was written.
+        RunError: the recipe is a sweep, see `run_sweep`; the folder belongs to another run; or several processes were
+            started. Nothing was written.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise RunError("krontune runs in one process; start it without a launcher, or with --num_processes 1")
+    if recipe.sweep:
+        raise RunError("the recipe has a sweep, which is many runs; run_sweep runs them")
     folder = RunFolder(out_dir or Path("runs") / recipe.name, recipe)
-    steps = list(_steps(recipe, folder))
-    if not all(folder.is_done(name) for name, _ in steps):
+    todo, history = steps(recipe), History(folder)
+    if any(history.changes(step) is not None for step in todo):
         faults = check(recipe)
         if faults:
             raise RecipeError(faults)
     with folder:
-        ran = False
-        for name, step in steps:
-            if folder.is_done(name) and not ran:  # what stands on a stage that ran anew is run anew too
-                say(f"{name}: done before, skipped")
+        history.settle()
+        moved = history.leave_out(todo, say)
+        for step in todo:
+            changes = history.changes(step)
+            if changes is None:
+                say(f"{step.name}: done before, skipped")
                 continue
-            ran = True
-            step()
-            seconds = folder.record["stages"][name]["seconds"]
-            say(f"{name}: done in {seconds:.0f} s")
+            moved = True
+            if history.take(step, share, say):
+                continue
+            if changes:
+                kept = folder.aside(step.name).name
+                say(f"{step.name}: {listed(changes)}, runs again; what it made before is kept in {kept}")
+            history.expect(step, say)
+            _do(recipe, step, folder)
+            seconds = folder.record["stages"][step.name]["seconds"]
+            say(f"{step.name}: done in {seconds:.0f} s")
         _publish_adapter(recipe, folder)
-        if ran or not (folder.path / PAGE).is_file():
+        if moved or not (folder.path / PAGE).is_file():
             publish(folder.path)
     _push(recipe, folder.path, say)
     return Run(folder.path, folder.record)
@@ -79,24 +101,15 @@ def _push(recipe: Recipe, path: Path, say: Callable[[str], None]) -> None:
         say(hide(str(error)))
 
 
-def _steps(recipe: Recipe, folder: RunFolder) -> Iterator[tuple[str, Callable[[], None]]]:
-    """Each piece of work that is done or not: a stage, or a control of one."""
-    adapters: list[str] = []
-    for stage in recipe.stages:
-        if stage.stage == "select":
-            yield "select", lambda s=stage: run_select(recipe, s, folder)
-        elif isinstance(stage, Sft):
-            for control in [None, *stage.controls]:
-                name = f"sft-{control}" if control else "sft"
-                yield name, lambda s=stage, c=control: run_sft(recipe, s, folder, c)
-                adapters.append(name)
-        elif isinstance(stage, Rl):
-            for control in [None, *stage.controls]:
-                name = f"rl-{control}" if control else "rl"
-                yield name, lambda s=stage, c=control: run_rl(recipe, s, folder, c)
-                adapters.append(name)
-        else:
-            yield "verify", lambda s=stage, a=tuple(adapters): run_verify(recipe, s, folder, list(a))
+def _do(recipe: Recipe, step: Step, folder: RunFolder) -> None:
+    if isinstance(step.stage, Select):
+        run_select(recipe, step.stage, folder)
+    elif isinstance(step.stage, Sft):
+        run_sft(recipe, step.stage, folder, step.control)
+    elif isinstance(step.stage, Rl):
+        run_rl(recipe, step.stage, folder, step.control)
+    else:
+        run_verify(recipe, step.stage, folder, list(step.needs))
 
 
 def _publish_adapter(recipe: Recipe, folder: RunFolder) -> None:

@@ -1,5 +1,7 @@
 """From a file name and overrides to a checked recipe."""
 
+import itertools
+import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -8,13 +10,15 @@ from pydantic import ValidationError
 
 from .data_faults import select_gaps
 from .faults import Fault, RecipeError, faults_from_validation
+from .inherit import inherited
 from .masking import learn, learn_override
 from .overrides import apply_overrides
 from .own import ALLOW_LATER, is_own, not_allowed
+from .run_folder import recipe_text
 from .schema import Recipe, Rl
 from .shipped import shipped_text
 from .trainer_args import set_by_krontune
-from .yaml12 import Document, read
+from .yaml12 import Document, read, shorten
 
 
 def load(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
@@ -28,11 +32,52 @@ def load(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
         RecipeError: with every fault, each with file, line and column.
     """
     name, text = _find(path)
+    folder = Path(path).parent if Path(path).is_file() else None
     overrides = list(overrides)
     for override in overrides:
         learn_override(override)
-    document = apply_overrides(read(text, name), overrides)
+    document = apply_overrides(inherited(read(text, name), folder, shipped_text), overrides)
     learn(document.data)
+    recipe = _loaded(document)
+    faults = []
+    for values in itertools.product(*recipe.sweep.values()):
+        try:
+            point(recipe, dict(zip(recipe.sweep, values, strict=True)))
+        except RecipeError as error:
+            faults += error.faults
+    if faults:
+        raise RecipeError(faults)
+    return recipe
+
+
+def point(recipe: Recipe, given: dict[str, Any]) -> Recipe:
+    """The recipe with these values, by their path as in an override, and no sweep.
+
+    Raises:
+        RecipeError: it is none then; each fault stands where the path stands under `sweep`.
+    """
+    document = recipe._document or read(recipe_text(recipe), recipe.name)
+    places = {f"override {shorten(override)}": recipe.where(("sweep", path)) for path, override in _written(given)}
+    data = {key: value for key, value in document.data.items() if key != "sweep"}
+    try:
+        changed = apply_overrides(
+            Document(document.name, data, document.marks), [override for _, override in _written(given)]
+        )
+        return _loaded(changed)
+    except RecipeError as error:
+        values = ", ".join(f"{path}={value}" for path, value in given.items())
+        raise RecipeError(
+            Fault(places[fault.where], f"with {values}: {fault.message}") if fault.where in places else fault
+            for fault in error.faults
+        ) from None
+
+
+def _written(given: dict[str, Any]) -> list[tuple[str, str]]:
+    """Each path, and the override that sets its value."""
+    return [(path, f"{path}={json.dumps(value)}") for path, value in given.items()]
+
+
+def _loaded(document: Document) -> Recipe:
     try:
         recipe = Recipe.model_validate(document.data, context=ALLOW_LATER)
     except ValidationError as error:

@@ -1,9 +1,11 @@
 """Code of the user's own, which a recipe names by dotted path: `package.module:name`."""
 
 import importlib
+import importlib.util
 import os
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from ..rl import RlError
@@ -50,9 +52,7 @@ def import_own(path: str) -> Any:
         RlError: there is no such module or name, or the module cannot be imported; the message says why.
     """
     module, _, name = path.partition(":")
-    if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())  # the console script does not have it, and workers take this path over
-    importlib.invalidate_caches()
+    _look_here_too()
     try:
         found = importlib.import_module(module)
     except Exception as error:
@@ -60,3 +60,26 @@ def import_own(path: str) -> Any:
     if not hasattr(found, name):
         raise RlError(f"module {module!r} ({found.__file__}) has no {name!r}")
     return getattr(found, name)
+
+
+def source_of(path: str) -> Path | None:
+    """The file of the module at a dotted path, found without running any code; None where it cannot be found so."""
+    top, *below = path.partition(":")[0].split(".")
+    _look_here_too()
+    try:
+        found = importlib.util.find_spec(top)
+    except (ImportError, ValueError):
+        return None
+    if found is None or not below:
+        return Path(found.origin) if found and found.origin and Path(found.origin).is_file() else None
+    for folder in found.submodule_search_locations or ():
+        for file in (Path(folder, *below).with_suffix(".py"), Path(folder, *below, "__init__.py")):
+            if file.is_file():
+                return file
+    return None
+
+
+def _look_here_too() -> None:
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())  # the console script does not have it, and workers take this path over
+    importlib.invalidate_caches()

@@ -14,8 +14,9 @@ PLAIN_LINE_EVERY_S = 15.0
 class Progress:
     """Rewrites one line on a terminal; elsewhere prints a line every few seconds, and the last."""
 
-    def __init__(self, stage: str, total: int, unit: str = "step") -> None:
-        self.stage, self.total, self.unit = stage, total, unit
+    def __init__(self, stage: str, total: int, unit: str = "step", start: int = 0) -> None:
+        """start: how many were done before."""
+        self.stage, self.total, self.unit, self.start = stage, total, unit, start
         self.live = sys.stderr.isatty()
         self.started = self.printed = time.monotonic()
         self.width = 0
@@ -26,8 +27,8 @@ class Progress:
             return
         self.printed = now
         line = f"{self.stage}: {self.unit} {done}/{self.total}"
-        if done:
-            pace = (now - self.started) / done
+        if done > self.start:
+            pace = (now - self.started) / (done - self.start)
             line += f", {_pace(pace, self.unit)}, {_clock((self.total - done) * pace)} left"
         line += f"  {note}" if note else ""
         if self.live:
@@ -51,8 +52,8 @@ class Report(TrainerCallback):
         self.progress: Progress | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.progress = Progress(self.stage, state.max_steps)
-        self.progress.update(0)
+        self.progress = Progress(self.stage, state.max_steps, start=state.global_step)
+        self.progress.update(state.global_step)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.progress:

@@ -6,7 +6,18 @@ from typing import Any
 from datasets import Dataset
 from trl import GRPOConfig
 
-from ..rl import CertificateTask, Guarded, Risk, TokenCredit, TokenCreditGRPOTrainer, checks, get_task
+from ..rl import (
+    CertificateReward,
+    CertificateTask,
+    Guarded,
+    Risk,
+    TokenCredit,
+    TokenCreditGRPOTrainer,
+    checks,
+    get_task,
+)
+from ..rl.rewards import RandomReward
+from .checkpoints import Checkpoints, Stateful
 from .masking import without_secrets
 from .own import import_own, is_own
 from .progress import Report
@@ -16,7 +27,7 @@ from .rows import fingerprint
 from .run_folder import RunError, RunFolder
 from .schema import Recipe, Rl, Task
 from .trainer_args import given
-from .training import ADAPTER, exact_parameters, new_adapter, saved_adapter, train, trainer_arguments
+from .training import ADAPTER, begin, exact_parameters, new_adapter, saved_adapter, train, trainer_arguments
 
 
 def make_task(task: Task) -> CertificateTask:
@@ -53,7 +64,7 @@ def training_rows(stage: Rl, seed: int) -> Dataset:
 def run_rl(recipe: Recipe, stage: Rl, run: RunFolder, control: str | None = None) -> None:
     """Train on the stage's rows with its reward, or, as a control, with one that knows nothing and otherwise alike."""
     name = f"rl-{control}" if control else "rl"
-    folder = run.begin(name)
+    folder, last = begin(run, name)
     task = None if stage.task is None else make_task(stage.task)
     if stage.adapter is None:
         model, tokenizer = saved_adapter(recipe, run.path / "sft" / ADAPTER)
@@ -66,6 +77,11 @@ def run_rl(recipe: Recipe, stage: Rl, run: RunFolder, control: str | None = None
     guard = guard_of(reward)
     # A control that earns nothing has learned nothing, which is an answer, too.
     alarms = checks.Alarms(stop_on_zero=control is None)
+    known: dict[str, Stateful] = {"alarms": alarms}
+    inner = reward.reward if isinstance(reward, checks.Monitored) else reward
+    if isinstance(inner, Guarded | RandomReward | CertificateReward):
+        known["reward"] = inner
+    checkpoints = Checkpoints(run.key(name), last, given(stage.trainer), known)
     shown = ("reward", f"{task.name}/all/optimal") if task else ("reward",)
     try:
         with exact_parameters(model):
@@ -77,12 +93,12 @@ def run_rl(recipe: Recipe, stage: Rl, run: RunFolder, control: str | None = None
                 risk=make_risk(stage),
                 train_dataset=dataset,
                 processing_class=tokenizer,
-                callbacks=[Report(name, run, shown=shown), alarms],
+                callbacks=[checkpoints, Report(name, run, shown=shown), alarms],
                 dense_rollouts=recipe.base.dense_generation,
                 share_prompts=stage.share_prompts,
             )
         outcome = lambda: _reward_after(run, name, alarms, folder, task, guard)  # noqa: E731
-        train(trainer, run, name, folder, tokenizer, reward=outcome)
+        train(trainer, run, name, folder, tokenizer, checkpoints, reward=outcome)
     finally:
         if guard is not None:
             guard.close()

@@ -412,6 +412,8 @@ class Recipe(Section):
     base: BaseModelSection
     stages: Annotated[list[Stage], Field(min_length=1)]
     hub: Hub = Hub()
+    sweep: dict[str, Annotated[list[Any], Field(min_length=1)]] = {}
+    """Values to try, by path as in an override, e.g. {stages.sft.adapter.r: [4, 8]}; all combinations are run."""
 
     _document: Document | None = PrivateAttr(None)
 

@@ -6,18 +6,21 @@ from typing import Any
 from datasets import Dataset
 from trl import SFTConfig, SFTTrainer
 
+from .checkpoints import Checkpoints
 from .progress import Report
 from .rows import Row, fingerprint, read_sources, tokenize
 from .run_folder import RunError, RunFolder
 from .schema import Recipe, Sft
 from .select import selected_rows
-from .training import exact_parameters, new_adapter, train, trainer_arguments
+from .trainer_args import given
+from .training import begin, exact_parameters, new_adapter, train, trainer_arguments
 
 
 def run_sft(recipe: Recipe, stage: Sft, run: RunFolder, control: str | None = None) -> None:
     """Train on the stage's data, or, as `control` "random", on an equally large random pick, otherwise alike."""
     name = f"sft-{control}" if control else "sft"
-    folder = run.begin(name)
+    folder, last = begin(run, name)
+    checkpoints = Checkpoints(run.key(name), last, given(stage.trainer))
     rows = _rows(stage, run, control)
     model, tokenizer = new_adapter(recipe, stage.adapter)
     dataset = Dataset.from_list([tokenize(row, tokenizer) for row in rows])
@@ -27,13 +30,13 @@ def run_sft(recipe: Recipe, stage: Sft, run: RunFolder, control: str | None = No
             args=SFTConfig(**trainer_arguments(recipe, stage.trainer, folder)),
             train_dataset=dataset,
             processing_class=tokenizer,
-            callbacks=[Report(name, run, shown=("loss",))],
+            callbacks=[checkpoints, Report(name, run, shown=("loss",))],
         )
     _say_what_is_cut(name, len(rows), trainer)
     longest = trainer.args.max_length or max(map(len, dataset["input_ids"]))
     truncated = sum(len(ids) > longest for ids in dataset["input_ids"])
     run.add_data(name, rows=len(rows), sha256=fingerprint(rows), truncated=truncated, kept=len(trainer.train_dataset))
-    train(trainer, run, name, folder, tokenizer)
+    train(trainer, run, name, folder, tokenizer, checkpoints)
 
 
 def _say_what_is_cut(name: str, rows: int, trainer: Any) -> None:

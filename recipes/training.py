@@ -1,5 +1,6 @@
 """What the sft and rl stages share: base and adapter, and arguments of TRL's trainers."""
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,7 +11,8 @@ from peft import PeftModel, get_peft_model
 from transformers import PrinterCallback, Trainer, set_seed
 
 from ..adapters import MokaConfig, load_base
-from .run_folder import RunError, RunFolder
+from .checkpoints import Checkpoint, Checkpoints, last_checkpoint, remove_checkpoints, saving
+from .run_folder import TRAINER, RunError, RunFolder
 from .schema import Adapter, BaseModelSection, Recipe
 from .trainer_args import given
 
@@ -47,13 +49,14 @@ def moka_config(adapter: Adapter) -> MokaConfig:
 
 def trainer_arguments(recipe: Recipe, trainer: Any, folder: Path) -> dict[str, Any]:
     """Keyword arguments of SFTConfig or GRPOConfig: the recipe's, and those that krontune sets."""
+    values = given(trainer)
     return {
-        **given(trainer),
-        "output_dir": str(folder / "trainer"),
+        **values,
+        **saving(values),
+        "output_dir": str(folder / TRAINER),
         "seed": recipe.seed,
         "use_cpu": not torch.accelerator.is_available(),
         "disable_tqdm": True,
-        "save_strategy": "no",
     }
 
 
@@ -70,12 +73,32 @@ def exact_parameters(model: torch.nn.Module) -> Iterator[None]:
             parameter.data = before[name]
 
 
+def begin(run: RunFolder, stage: str) -> tuple[Path, Checkpoint | None]:
+    """The folder of a training stage, and the checkpoint to go on from, which a cut attempt left there."""
+    finished = (run.path / stage / "done").is_file()  # it is moved aside with what it holds
+    last = None if finished else last_checkpoint(run.path / stage, run.key(stage))
+    if last is None:
+        return run.begin(stage), None
+    print(f"{stage}: goes on after step {last.step}", file=sys.stderr)
+    return run.begin(stage, keep=(TRAINER,), step=last.step, seconds=last.seconds), last
+
+
 def train(
-    trainer: Trainer, run: RunFolder, stage: str, folder: Path, tokenizer: Any, **facts: Callable[[], Any]
+    trainer: Trainer,
+    run: RunFolder,
+    stage: str,
+    folder: Path,
+    tokenizer: Any,
+    checkpoints: Checkpoints,
+    **facts: Callable[[], Any],
 ) -> None:
-    """Train, save the adapter, and mark the stage as done; `facts` are called then and recorded with it."""
+    """Train, save the adapter, and mark the stage as done; `facts` are called then and recorded with it.
+
+    Checkpoints are removed then, unless the recipe asks for them.
+    """
     trainer.remove_callback(PrinterCallback)
-    trainer.train()
+    checkpoints.trainer = trainer
+    trainer.train(resume_from_checkpoint=str(checkpoints.last.path) if checkpoints.last else None)
     model: Any = trainer.model
     if not all(torch.isfinite(p).all() for p in model.parameters() if p.requires_grad):
         raise RunError(
@@ -87,3 +110,5 @@ def train(
     trained, total = model.get_nb_trainable_parameters()
     found = {name: fact() for name, fact in facts.items()}
     run.finish(stage, steps=trainer.state.global_step, trainable_parameters=trained, parameters=total, **found)
+    if not checkpoints.asked_for:
+        remove_checkpoints(folder)

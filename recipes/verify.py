@@ -29,7 +29,7 @@ def run_verify(recipe: Recipe, stage: Verify, run: RunFolder, adapters: list[str
 
     Answers are kept in one file a model; whatever a model was asked before the stage was cut is not asked again.
     """
-    folder = run.begin("verify", keep=(ANSWERS,))
+    folder = run.begin("verify", reuse=(ANSWERS,))
     settings = stage.task or recipe.stage("rl").task
     task = make_task(settings)
     instances = task.instances(stage.instances, settings.n, stage.seed, "test", settings.discriminating)

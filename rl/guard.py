@@ -11,7 +11,7 @@ import threading
 import time
 import weakref
 from collections import Counter, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
@@ -137,6 +137,13 @@ class Guarded:
             replies = self._score(items, shared, wants)
         self._forward(replies, log_extra, log_metric)
         return [self.failed if reply.value is None else reply.value for reply in replies]
+
+    def state_dict(self) -> dict[str, Any]:
+        """The counts, for a run that is continued."""
+        return {"counts": dict(self.counts), "last_error": self.last_error}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.counts, self.last_error = Counter(state["counts"]), state["last_error"]
 
     def close(self) -> None:
         """Ends the workers. The next call starts new ones."""

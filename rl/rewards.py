@@ -121,6 +121,14 @@ class CertificateReward:
             log_extra("verdict", verdicts)
         return paid
 
+    def state_dict(self) -> dict[str, Any]:
+        """Where the stream of kind "random" is, for a run that is continued."""
+        return {"coin": self._coin.getstate()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        version, words, spare = state["coin"]
+        self._coin.setstate((version, tuple(words), spare))  # a list where it came from a file
+
     def _payment(self, trainer_state: Any) -> Callable[[CertificateTask, Mark], float]:
         if self.kind == "mixture":
             return self._mixed
@@ -330,6 +338,14 @@ class RandomReward:
     def __init__(self, seed: int = 0):
         self._coin = random.Random(seed)
         self.__name__ = "random"
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the stream is, for a run that is continued."""
+        return {"coin": self._coin.getstate()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        version, words, spare = state["coin"]
+        self._coin.setstate((version, tuple(words), spare))  # a list where it came from a file
 
     def __call__(
         self, prompts: Sequence[Any] | None = None, completions: Sequence[Any] | None = None, **columns: Any

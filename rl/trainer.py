@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, send_to_device
 from torch.nn.functional import pad
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import GRPOConfig, GRPOTrainer
@@ -22,6 +22,7 @@ from .risk import Risk, risk_advantages, zero_groups
 from .shared_prompt import pack, refuse_leaks, shared_prefill
 
 _STATE_FILE = "token_credit.pt"
+_ROLLOUT_FILE = "rollouts_{}.pt"  # of one process
 
 
 class DenseRolloutGRPOTrainer(GRPOTrainer):
@@ -29,6 +30,9 @@ class DenseRolloutGRPOTrainer(GRPOTrainer):
 
     The policy that samples and the one that learns are the same up to the rounding of one weight to bfloat16, see
     `krontune.adapters.dense_weights`. With vLLM, which holds its own weights, sampling is untouched.
+
+    A checkpoint also holds what TRL forgets: the completions that are still to be learned from, where it falls between
+    two samplings, and how often the prompts were shuffled. A run that is continued goes on as the unbroken one.
 
     Args:
         dense_rollouts: sample with dense weights.
@@ -42,6 +46,7 @@ class DenseRolloutGRPOTrainer(GRPOTrainer):
     """
 
     def __init__(self, *args: Any, dense_rollouts: bool = True, share_prompts: bool = False, **kwargs: Any) -> None:
+        self._prompts: Any = None
         super().__init__(*args, **kwargs)
         self.dense_rollouts = dense_rollouts and not self.use_vllm
         self.share_prompts = share_prompts
@@ -97,6 +102,31 @@ class DenseRolloutGRPOTrainer(GRPOTrainer):
     @property
     def _policy_dtype(self) -> torch.dtype:
         return self.accelerator.unwrap_model(self.model).dtype
+
+    def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
+        self._prompts = super()._get_train_sampler(*args, **kwargs)
+        return self._prompts
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        super()._save_checkpoint(model, trial)
+        sampled_every = cast(int, self.args.steps_per_generation) * self.num_iterations
+        state = {"step": self._step, "batches": self._buffered_inputs if self._step % sampled_every else None}
+        folder = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        folder.mkdir(parents=True, exist_ok=True)  # of another process, which may be first
+        torch.save(state, folder / _ROLLOUT_FILE.format(self.accelerator.process_index))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is None:
+            return
+        path = Path(checkpoint) / _ROLLOUT_FILE.format(self.accelerator.process_index)
+        if path.exists():
+            state = torch.load(path, weights_only=True, map_location="cpu")
+            self._step = state["step"]
+            self._buffered_inputs = send_to_device(state["batches"], self.accelerator.device)
+        if self._prompts is not None and self._prompts.shuffle:  # each epoch's order is drawn from one stream
+            for _ in range(int(self.state.epoch or 0)):
+                torch.randperm(self._prompts.num_samples, generator=self._prompts.generator)
 
 
 class TokenCreditGRPOTrainer(DenseRolloutGRPOTrainer):

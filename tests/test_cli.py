@@ -167,8 +167,8 @@ def test_the_folder_of_another_recipe_is_refused_with_code_2_and_left_as_it_is(r
     assert krontune("run", recipe).exit_code == 0
     files = [file for file in (tmp_path / "runs").rglob("*") if file.is_file()]
     before = {file: (file.read_bytes(), file.stat().st_mtime_ns) for file in files}
-    message = refused(krontune("run", recipe, "stages.select.k=1"), 2)
-    assert "runs/mine holds a run of another recipe" in message and "'k: 2' there, 'k: 1' now" in message
+    message = refused(krontune("run", recipe, "name=other", "--out", "runs/mine"), 2)
+    assert "runs/mine holds a run of another recipe, 'mine', and this one is 'other'" in message
     assert {file: (file.read_bytes(), file.stat().st_mtime_ns) for file in before} == before
     assert len(files) == len([file for file in (tmp_path / "runs").rglob("*") if file.is_file()])
 

@@ -1,6 +1,7 @@
 """A TRL callback: stops a run that earns nothing from the start, and warns of a collapse while it happens."""
 
 import logging
+from collections.abc import Mapping
 from typing import Any
 
 from transformers import TrainerCallback
@@ -48,6 +49,13 @@ class Alarms(TrainerCallback):
                 self._stop(control, why)
             else:
                 logger.warning("%s", why)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a run that is continued needs."""
+        return {"logs": self.logs, "warned": self._warned}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.logs, self._warned = list(state["logs"]), state["warned"]
 
     def _stop(self, control: Any, why: str) -> None:
         self.stopped = why

@@ -127,7 +127,13 @@ def run(
         from krontune.recipes import run as run_recipe
         from krontune.recipes.report import print_report
 
-        print_report(run_recipe(load(recipe, overrides or ()), out, say=typer.echo))
+        loaded = load(recipe, overrides or ())
+        if loaded.sweep:
+            from krontune.recipes.sweep import run_sweep
+
+            run_sweep(loaded, out, say=typer.echo)
+        else:
+            print_report(run_recipe(loaded, out, say=typer.echo))
 
     _guarded(body, show_traceback)
 

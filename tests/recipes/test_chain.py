@@ -157,8 +157,8 @@ def test_the_folder_of_another_recipe_is_refused_before_anything_is_read_or_writ
     before = content(tmp_path / "run")
     stages.started.clear()
     stages.checked = 0
-    with pytest.raises(WrongFolder, match="another recipe"):
-        chain.run(load(small, ["stages.select.k=3"]), tmp_path / "run")
+    with pytest.raises(WrongFolder, match="another recipe, 'small', and this one is 'other'"):
+        chain.run(load(small, ["name=other"]), tmp_path / "run")
     assert stages.started == [] and stages.checked == 0 and content(tmp_path / "run") == before
 
 

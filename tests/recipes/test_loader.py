@@ -302,7 +302,9 @@ def test_the_schema_accepts_the_shipped_recipes_and_refuses_slips():
         assert not naive_accepts(schema, data, schema["$defs"])
     data = read(HEAD + SFT, "r").data
     assert naive_accepts(schema, data, schema["$defs"])
-    for slip in [{"seed": "x"}, {"sed": 1}, {"stages": [{"stage": "sft", "data": 3}]}, {"base": {}}]:
+    assert naive_accepts(schema, {"extends": "r.yaml", "name": "y"}, schema["$defs"])
+    assert not naive_accepts(schema, {"name": "y"}, schema["$defs"])
+    for slip in [{"extends": 3}, {"seed": "x"}, {"sed": 1}, {"stages": [{"stage": "sft", "data": 3}]}, {"base": {}}]:
         assert not naive_accepts(schema, data | slip, schema["$defs"])
 
 

@@ -15,7 +15,7 @@ def test_every_field_of_trl_can_be_given_or_is_said_to_be_set_elsewhere(section,
     fields = {field.name for field in dataclasses.fields(config) if field.init}
     elsewhere = {name for name in fields if set_by_krontune(name)}
     assert set(section.model_fields) == fields - elsewhere
-    assert {"output_dir", "seed", "hub_model_id", "save_strategy"} <= elsewhere and len(elsewhere) < 30
+    assert {"output_dir", "seed", "hub_model_id", "resume_from_checkpoint"} <= elsewhere and len(elsewhere) < 30
     assert not set_by_krontune("learning_rate") and not set_by_krontune("learning_rat")
 
 

@@ -463,6 +463,33 @@ def test_a_run_that_is_continued_ends_like_an_unbroken_one(tmp_path):
     torch.testing.assert_close(weights(continued), weights(whole))
 
 
+@pytest.mark.parametrize(
+    ("options", "at"),
+    [
+        ({"num_iterations": 3}, 4),  # in the middle of what was sampled
+        pytest.param(
+            {"per_device_train_batch_size": 2, "steps_per_generation": 4, "gradient_accumulation_steps": 1},
+            3,
+            marks=pytest.mark.slow,
+        ),
+        ({}, 5),  # in the second epoch, whose order is another
+        pytest.param({}, 4, marks=pytest.mark.slow),  # between two epochs
+    ],
+)
+def test_a_run_that_is_continued_anywhere_ends_with_the_same_bits(tmp_path, options, at):
+    options = {"max_steps": 6, "save_strategy": "steps", "save_steps": 1} | options
+    whole = make(tmp_path / "whole", peft_config=ADAPTERS["lora"], **options)
+    whole.train()
+    continued = make(tmp_path / "new", peft_config=ADAPTERS["lora"], **options)
+    continued.train(resume_from_checkpoint=str(tmp_path / "whole" / f"checkpoint-{at}"))
+    assert torch.equal(weights(continued), weights(whole))
+    numbers = [
+        [{key: value for key, value in line.items() if "time" not in key} for line in trainer.state.log_history[at:-1]]
+        for trainer in (whole, continued)
+    ]
+    assert numbers[0] == numbers[1] and len(numbers[0]) == 6 - at
+
+
 if __name__ == "__main__":
     run_of_this_process(sys.argv[1], int(sys.argv[2]))
 

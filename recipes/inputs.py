@@ -1,0 +1,82 @@
+"""What the result of a step depends on. Where none of it has changed, a finished step is not run again."""
+
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from .checkpoints import SAVING
+from .content import Digests, Inputs, key_of
+from .masking import masked
+from .own import is_own, source_of
+from .schema import Columns, HubRows, Recipe, Rl, RowSource, Select, Sft, Source
+from .select import CONTROL, SELECTED
+from .steps import Step
+from .trainer_args import given
+from .training import ADAPTER
+
+
+def inputs_of(recipe: Recipe, step: Step, run: Path, digests: Digests) -> Inputs:
+    """All that the result of the step depends on, but for the versions of the libraries: its section of the recipe, the
+    base model, the seed, the data files and the files of the user's own code, and what the steps before it made."""
+    found = settings_of(recipe, step)
+    found["files"] = {str(path): digests.of(path) for path in _files(recipe, step)}
+    found["needs"] = {name: made_by(name, run, digests) for name in step.needs}
+    return found
+
+
+def settings_of(recipe: Recipe, step: Step) -> Inputs:
+    """The part of the inputs that stands in the recipe; defaults are left out, so that a key that a later version adds
+    changes nothing."""
+    found: Inputs = {"seed": recipe.seed, "stage": _section(step.stage), "control": step.control}
+    if not isinstance(step.stage, Select):
+        found["base"] = recipe.base.model_dump(exclude_defaults=True)
+    if step.stage.stage == "verify" and (rl := recipe.stage("rl")) is not None:
+        found["rl"] = _section(rl)
+    return masked(json.loads(json.dumps(found, default=str)))  # it is written down
+
+
+def _section(stage: Any) -> dict[str, Any]:
+    values = stage.model_dump(exclude_defaults=True, exclude={"controls"})
+    if isinstance(stage, Sft | Rl):
+        values["trainer"] = {key: value for key, value in given(stage.trainer).items() if key not in SAVING}
+    for key in ("credit", "risk", "guard"):
+        if isinstance(values.get(key), dict):
+            values[key] = given(getattr(stage, key))
+    return values
+
+
+def made_by(name: str, run: Path, digests: Digests) -> str:
+    """The content of what a finished step hands on: an adapter, or the picked rows."""
+    folder = run / name
+    made = [*(folder / ADAPTER).rglob("*"), folder / SELECTED, folder / CONTROL]
+    files = {str(path.relative_to(folder)): digests.of(path) for path in sorted(made) if path.is_file()}
+    return key_of(files)
+
+
+def _files(recipe: Recipe, step: Step) -> Iterator[Path]:
+    stage = step.stage
+    if isinstance(stage, Select):
+        sources = [*stage.raw, *(stage.target or []), *(one for some in (stage.targets or {}).values() for one in some)]
+        if stage.duplicates is not None:
+            sources += [one for some in stage.duplicates.against.values() for one in some]
+        yield from _paths(sources)
+    elif isinstance(stage, Sft):
+        yield from () if isinstance(stage.data, str) else _paths(stage.data)
+    else:
+        rl = recipe.stage("rl") if stage.stage == "verify" else stage
+        named = [one.task.name for one in (stage, rl) if one is not None and one.task is not None]
+        named += [] if rl is None else [rl.reward]
+        yield from (path for name in named if is_own(name) and (path := source_of(name)) is not None)
+        yield from _paths(stage.data or ()) if isinstance(stage, Rl) else ()
+
+
+def _paths(sources: Iterable[Source | RowSource]) -> Iterator[Path]:
+    """The files on this machine; a data set of the Hub is told by its name and revision."""
+    for source in sources:
+        if isinstance(source, str):
+            yield Path(source)
+        elif isinstance(source, Columns):
+            yield Path(source.path)
+        elif isinstance(source, HubRows) and Path(source.hub).is_dir():
+            yield from sorted(path for path in Path(source.hub).rglob("*") if path.is_file())
