@@ -52,7 +52,7 @@ class MokaModel(BaseTuner):
             target.update_layer(adapter_name, **kwargs)
             return
         _check_linear(target, current_key)
-        _check_not_tied(self.model, target, current_key)
+        _check_not_output(self.model, target, current_key)
         layer = MokaLinear(target, adapter_name, **kwargs)
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)  # a further adapter is not trained until it is made active
@@ -198,16 +198,20 @@ def _check_linear(target: nn.Module, key: str) -> None:
         )
 
 
-def _check_not_tied(model: nn.Module, target: nn.Module, key: str) -> None:
-    """An output layer that shares its weight with the embedding cannot be adapted apart from it."""
-    inputs = model.get_input_embeddings() if isinstance(model, PreTrainedModel) else None
-    weight = getattr(inputs, "weight", None)
-    if weight is not None and getattr(target, "weight", None) is weight:
-        raise AdapterError(
-            f"{key!r} shares its weight with the input embedding, which a merge would change too, and trainers read "
-            "that weight past the adapter; take it out of target_modules, or train a copy in full with "
-            f"modules_to_save=[{key.rpartition('.')[2]!r}]"
-        )
+def _check_not_output(model: nn.Module, target: nn.Module, key: str) -> None:
+    """Refuse the output layer of a language model, and any layer that shares its weight with the input embedding."""
+    if not isinstance(model, PreTrainedModel):
+        return
+    own = getattr(model.get_input_embeddings(), "weight", None)
+    tied = own is not None and getattr(target, "weight", None) is own
+    if not tied and target is not model.get_output_embeddings():
+        return
+    shared = " It also shares its weight with the input embedding, which a merge would change too." if tied else ""
+    raise AdapterError(
+        f"{key!r} is the output layer: trainers multiply by its weight themselves and pass an adapter on it by, so that "
+        f'it would never be trained.{shared} Take it out of target_modules ("all-linear" leaves it out), name it in '
+        f"exclude_modules, or train a copy of it in full with modules_to_save=[{key.rpartition('.')[2]!r}]"
+    )
 
 
 def _warn_of_loss(layers: list[MokaLinear]) -> None:

@@ -59,7 +59,7 @@ def test_biases_of_the_base_are_kept(tiny_llama, tokens, shake, tmp_path):
 
 def test_all_active_adapters_are_merged(tiny, tokens, shake, tmp_path):
     model = adapted(tiny, shake)
-    model.add_adapter("other", MokaConfig(target_modules=["v_proj", "lm_head"], r=2))
+    model.add_adapter("other", MokaConfig(target_modules=["v_proj", "o_proj"], r=2))
     shake(model, "other", seed=3, scale=0.1)
     model.base_model.set_adapter(["default", "other"])
     expected = logits(model, tokens)

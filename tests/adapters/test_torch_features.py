@@ -92,6 +92,82 @@ def test_training_under_autocast_is_near_float32_and_keeps_float32_parameters(ti
         assert near > 0.97, name
 
 
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("targets", [["q_proj", "lm_head"], ["lm_head"], r".*(q_proj|lm_head)"])
+def test_the_output_layer_is_refused_by_name_and_the_model_left_as_it_was(tiny_llama, tokens, tied, targets):
+    model = tiny_llama(tie_word_embeddings=tied)
+    with torch.no_grad():
+        expected = model(tokens).logits
+    with pytest.raises(AdapterError, match=r"'lm_head' is the output layer.*modules_to_save=\['lm_head'\]") as caught:
+        get_peft_model(model, MokaConfig(target_modules=targets))
+    assert ("shares its weight with the input embedding" in str(caught.value)) == tied
+    assert type(model.lm_head) is torch.nn.Linear and torch.equal(model(tokens).logits, expected)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"target_modules": "all-linear"},
+        {"target_modules": ["q_proj", "lm_head"], "exclude_modules": ["lm_head"]},
+        {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
+        {"target_modules": "all-linear", "modules_to_save": ["lm_head"]},
+    ],
+)
+def test_what_the_refusal_of_the_output_layer_advises_works(tiny_llama, tokens, tied, options):
+    model = get_peft_model(tiny_llama(tie_word_embeddings=tied), MokaConfig(**options))
+    model(input_ids=tokens, labels=tokens).loss.backward()
+    trained = {name for name, p in model.named_parameters() if p.grad is not None and p.grad.any()}
+    assert any("q_proj.moka_B" in name for name in trained)
+    assert any("lm_head" in name for name in trained) == ("modules_to_save" in options)
+    assert not any("lm_head" in name and "moka_" in name for name, _ in model.named_parameters())
+
+
+def test_a_second_adapter_on_the_output_layer_is_refused_too(tiny, tokens):
+    model = get_peft_model(tiny, MokaConfig(target_modules=["q_proj"], modules_to_save=["lm_head"]))
+    with pytest.raises(ValueError, match="lm_head"):
+        model.add_adapter("other", MokaConfig(target_modules=["q_proj", "lm_head"]))
+
+
+@pytest.mark.slow
+def test_a_quantised_base_compiles(tiny_folder, tokens, shake):
+    base, _ = load_base(tiny_folder, "nf4", dtype=torch.float32, device="cpu")
+    model = adapted(base, shake).train()
+    expected = gradients(model, tokens)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="aot_eager")
+    assert_same_gradients(
+        gradients(compiled, tokens), {f"_orig_mod.{n}": g for n, g in expected.items()}, rtol=1e-3, atol=1e-5
+    )
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+@pytest.mark.parametrize("quantization", [None, "nf4", "int8"])
+def test_both_kinds_of_checkpointing_give_the_same_gradients(tiny_folder, tokens, shake, quantization, use_reentrant):
+    base, _ = load_base(tiny_folder, quantization, dtype=torch.float32, device="cpu")
+    model = adapted(base, shake, dropout=0.2).train()
+    torch.manual_seed(0)
+    expected = gradients(model, tokens)
+    model.enable_input_require_grads()
+    model.get_base_model().gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+    assert all(layer.gradient_checkpointing for layer in model.base_model.model.model.layers)
+    torch.manual_seed(0)
+    assert_same_gradients(gradients(model, tokens), expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("quantization", [None, "nf4", "int8"])
+def test_training_under_autocast_is_near_float32_and_keeps_float32_parameters(tiny_folder, tokens, shake, quantization):
+    base, _ = load_base(tiny_folder, quantization, dtype=torch.float32, device="cpu")
+    model = adapted(base, shake).train()
+    expected = gradients(model, tokens)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = gradients(model, tokens)
+    for name, grad in found.items():
+        assert grad.dtype == torch.float32
+        near = torch.nn.functional.cosine_similarity(grad.flatten(), expected[name].flatten(), dim=0)
+        assert near > 0.97, name
+
+
 def test_an_output_layer_tied_to_the_embedding_is_refused(tiny_llama):
     with pytest.raises(AdapterError, match=r"'lm_head' shares its weight.*modules_to_save=\['lm_head'\]"):
         get_peft_model(tiny_llama(tie_word_embeddings=True), MokaConfig(target_modules=["q_proj", "lm_head"]))
