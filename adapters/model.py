@@ -208,8 +208,8 @@ def _check_not_output(model: nn.Module, target: nn.Module, key: str) -> None:
         return
     shared = " It also shares its weight with the input embedding, which a merge would change too." if tied else ""
     raise AdapterError(
-        f"{key!r} is the output layer: trainers multiply by its weight themselves and pass an adapter on it by, so that "
-        f'it would never be trained.{shared} Take it out of target_modules ("all-linear" leaves it out), name it in '
+        f"{key!r} is the output layer: trainers multiply by its weight themselves and pass an adapter on it by, which "
+        f"would never be trained.{shared} Take it out of target_modules ('all-linear' leaves it out), name it in "
         f"exclude_modules, or train a copy of it in full with modules_to_save=[{key.rpartition('.')[2]!r}]"
     )
 

@@ -130,52 +130,6 @@ def test_a_second_adapter_on_the_output_layer_is_refused_too(tiny, tokens):
 
 
 @pytest.mark.slow
-def test_a_quantised_base_compiles(tiny_folder, tokens, shake):
-    base, _ = load_base(tiny_folder, "nf4", dtype=torch.float32, device="cpu")
-    model = adapted(base, shake).train()
-    expected = gradients(model, tokens)
-    torch._dynamo.reset()
-    compiled = torch.compile(model, backend="aot_eager")
-    assert_same_gradients(
-        gradients(compiled, tokens), {f"_orig_mod.{n}": g for n, g in expected.items()}, rtol=1e-3, atol=1e-5
-    )
-
-
-@pytest.mark.parametrize("use_reentrant", [False, True])
-@pytest.mark.parametrize("quantization", [None, "nf4", "int8"])
-def test_both_kinds_of_checkpointing_give_the_same_gradients(tiny_folder, tokens, shake, quantization, use_reentrant):
-    base, _ = load_base(tiny_folder, quantization, dtype=torch.float32, device="cpu")
-    model = adapted(base, shake, dropout=0.2).train()
-    torch.manual_seed(0)
-    expected = gradients(model, tokens)
-    model.enable_input_require_grads()
-    model.get_base_model().gradient_checkpointing_enable({"use_reentrant": use_reentrant})
-    assert all(layer.gradient_checkpointing for layer in model.base_model.model.model.layers)
-    torch.manual_seed(0)
-    assert_same_gradients(gradients(model, tokens), expected, rtol=1e-4, atol=1e-6)
-
-
-@pytest.mark.parametrize("quantization", [None, "nf4", "int8"])
-def test_training_under_autocast_is_near_float32_and_keeps_float32_parameters(tiny_folder, tokens, shake, quantization):
-    base, _ = load_base(tiny_folder, quantization, dtype=torch.float32, device="cpu")
-    model = adapted(base, shake).train()
-    expected = gradients(model, tokens)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        found = gradients(model, tokens)
-    for name, grad in found.items():
-        assert grad.dtype == torch.float32
-        near = torch.nn.functional.cosine_similarity(grad.flatten(), expected[name].flatten(), dim=0)
-        assert near > 0.97, name
-
-
-def test_an_output_layer_tied_to_the_embedding_is_refused(tiny_llama):
-    with pytest.raises(AdapterError, match=r"'lm_head' shares its weight.*modules_to_save=\['lm_head'\]"):
-        get_peft_model(tiny_llama(tie_word_embeddings=True), MokaConfig(target_modules=["q_proj", "lm_head"]))
-    get_peft_model(tiny_llama(), MokaConfig(target_modules=["q_proj", "lm_head"]))
-    get_peft_model(tiny_llama(tie_word_embeddings=True), MokaConfig(target_modules="all-linear"))
-
-
-@pytest.mark.slow
 def test_two_processes_give_the_gradients_of_one():
     """Under DDP and FSDP2 each process sees half of the batch; gradients and gathered state must be those of one."""
     script = Path(__file__).parent / "two_processes.py"
