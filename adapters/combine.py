@@ -25,7 +25,7 @@ def combined_config(configs: Sequence[MokaConfig], names: Sequence[str], weights
     for name, config in zip(names, configs, strict=True):
         if config.bias != "none" or config.modules_to_save:
             raise AdapterError(f"adapter {name!r} trains biases or whole modules, which have no weighted sum here")
-        for key in ("r", "rank_pattern", "identity", "n_shapes"):
+        for key in ("r", "rank_pattern", "shapes_pattern", "identity", "n_shapes"):
             if getattr(config, key) != getattr(first, key):
                 raise AdapterError(
                     f"adapters {names[0]!r} and {name!r} differ in {key}: {getattr(first, key)!r} and "
@@ -40,10 +40,13 @@ def combined_config(configs: Sequence[MokaConfig], names: Sequence[str], weights
     combined.rank_pattern = {key: r * n for key, r in first.rank_pattern.items()}
     combined.gate = "none" if all(config.gate == "none" for config in configs) else "softmax"
     combined.shapes, combined.dropout, combined.init_weights = "balanced", 0.0, True
-    combined.resolved_shapes = {
-        f"{size.partition(':')[0]}:{combined.n_shapes}": [pair for pair in pairs for _ in range(n)]
-        for size, pairs in shapes.items()
-    }
+    combined.shapes_pattern = dict.fromkeys(first.shapes_pattern, "balanced")
+    combined.resolved_shapes = {}
+    for key, pairs in shapes.items():
+        size, n_shapes, *pattern = key.split(":", 2)
+        if n_shapes == str(first.n_shapes):  # else it is of an earlier use of the config
+            key = ":".join([size, str(combined.n_shapes), *pattern])
+            combined.resolved_shapes[key] = [pair for pair in pairs for _ in range(n)]
     targets = _union([config.target_modules for config in configs], names)
     combined.target_modules = cast("list[str] | str | None", set(targets) if isinstance(targets, list) else targets)
     return combined

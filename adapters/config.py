@@ -1,15 +1,18 @@
 """The configuration of a MoKA adapter."""
 
+import re
 from dataclasses import dataclass, field
 from math import inf
 from typing import Any, Literal
 
 from peft.config import PeftConfig
+from peft.utils.other import get_pattern_key
 
 from .embedded import from_hub_id, to_hub_id
 from .registration import moka_type
 
 Shape = tuple[int, int]
+Shapes = str | list[Shape]  # "balanced", "ladder", or (a_out, a_in) each
 
 
 class AdapterError(ValueError):
@@ -48,6 +51,10 @@ class MokaConfig(PeftConfig):
         layers_pattern: name of the list of layers, where it is not a usual one.
         rank_pattern: r for modules whose name matches, e.g. {"down_proj": 4}.
         alpha_pattern: alpha for modules whose name matches.
+        shapes_pattern: shapes for modules whose name matches, each as `shapes` takes them, e.g. {"down_proj": "ladder",
+            "layers.0.self_attn.q_proj": [[24, 12]]}. The keys of the three patterns are regular expressions for the end
+            of a module's dotted name, as in PEFT, and the first one that matches counts. A key of shapes_pattern
+            must match some adapted module.
         modules_to_save: modules trained in full and saved with the adapter.
         bias: "none"; "moka_only" trains the biases of the adapted layers, "all" every bias of the model, and saves them
             with the adapter. Then only one adapter is allowed, and disabling it does not give the base's output again.
@@ -56,8 +63,8 @@ class MokaConfig(PeftConfig):
             points the A_i where the weight's own nearest Kronecker sum has them (Van Loan and Pitsianis, 1993), B zero:
             the update starts at zero and the base weight stays as it is, quantised or not.
         resolved_shapes: written by the tuner: the shapes in use for each (outputs, inputs, n_shapes), e.g.
-            {"576x192:5": [[24, 12], ...]}. It is saved, so that a later version with another choice of balanced shapes
-            loads today's adapters.
+            {"576x192:5": [[24, 12], ...]}, and for each key of shapes_pattern, e.g. {"576x192:5:q_proj": ...}. It is
+            saved, so that a later version with another choice of balanced shapes loads today's adapters.
 
     Raises:
         AdapterError: a value is out of range; the message names it.
@@ -65,7 +72,7 @@ class MokaConfig(PeftConfig):
 
     r: int = 10
     n_shapes: int = 5
-    shapes: str | list[Shape] = "balanced"
+    shapes: Shapes = "balanced"
     alpha: float | None = None
     gate: Literal["softmax", "none"] = "softmax"
     identity: Literal["A", "B"] | None = None
@@ -76,6 +83,7 @@ class MokaConfig(PeftConfig):
     layers_pattern: list[str] | str | None = None
     rank_pattern: dict[str, int] = field(default_factory=dict)
     alpha_pattern: dict[str, float] = field(default_factory=dict)
+    shapes_pattern: dict[str, Shapes] = field(default_factory=dict)
     modules_to_save: list[str] | None = None
     bias: Literal["none", "all", "moka_only"] = "none"
     init_weights: bool | Literal["nearest"] = True
@@ -90,16 +98,28 @@ class MokaConfig(PeftConfig):
             value = getattr(self, name)
             setattr(self, name, set(value) if isinstance(value, list) else value)
         self._check()
+        self.shapes_pattern = {  # JSON makes lists of the pairs
+            key: shapes if isinstance(shapes, str) else [(o, i) for o, i in shapes]
+            for key, shapes in self.shapes_pattern.items()
+        }
 
     def to_dict(self) -> dict[str, Any]:
         """As saved: the embedded base goes by its Hub id, as a folder of a cache means nothing elsewhere."""
         return {**super().to_dict(), "base_model_name_or_path": to_hub_id(self.base_model_name_or_path)}
 
-    def alpha_of(self, r: int) -> float:
+    def alpha_of(self, r: int, pattern: str | None = None) -> float:
         """The scale of a layer of r products where neither `alpha` nor `alpha_pattern` names one."""
         if self.alpha is not None:
             return float(self.alpha)
-        return 2.0 * r if self.shapes == "ladder" and self.identity is None else float(r)
+        return 2.0 * r if self.is_ladder(pattern) else float(r)
+
+    def is_ladder(self, pattern: str | None = None) -> bool:
+        """Whether the layers under a key of `shapes_pattern`, or under none, begin at LoRA's rank one."""
+        return self.shapes_of(pattern) == "ladder" and self.identity is None
+
+    def shapes_of(self, pattern: str | None = None) -> Shapes:
+        """The shapes asked for by a key of `shapes_pattern`, or for layers that none of them matches."""
+        return self.shapes if pattern is None else self.shapes_pattern[pattern]
 
     def _check(self) -> None:
         for name, value in {"r": self.r, **{f"rank_pattern[{k!r}]": v for k, v in self.rank_pattern.items()}}.items():
@@ -125,8 +145,18 @@ class MokaConfig(PeftConfig):
             raise AdapterError(
                 "init_weights='nearest' sets the factors A, and identity leaves one factor only; use one of the two"
             )
-        if self.shapes not in ("balanced", "ladder"):
-            self._check_shapes(self.shapes)
+        self._check_shapes("shapes", self.shapes)
+        if not isinstance(self.shapes, str) and len(self.shapes) > self.r:
+            n, r = len(self.shapes), self.r
+            raise AdapterError(f"shapes lists {n} shapes, and r={r} products cannot fill them; raise r or list fewer")
+        if not isinstance(self.shapes_pattern, dict):
+            raise AdapterError(f"shapes_pattern must map patterns to shapes, got {self.shapes_pattern!r}")
+        for key, shapes in self.shapes_pattern.items():
+            self._check_shapes(f"shapes_pattern[{key!r}]", shapes)
+            try:
+                re.compile(key)
+            except re.error as error:
+                raise AdapterError(f"shapes_pattern: {key!r} is no regular expression: {error}") from None
         if self.layers_pattern and self.layers_to_transform is None:
             raise AdapterError("layers_pattern is used with layers_to_transform, which is not set")
         if isinstance(self.target_modules, str) and self.target_modules != "all-linear":
@@ -136,12 +166,31 @@ class MokaConfig(PeftConfig):
                     f"{self.target_modules!r}; name the layers in the expression instead"
                 )
 
-    def _check_shapes(self, shapes: object) -> None:
+    def _check_shapes(self, name: str, shapes: object) -> None:
+        if shapes in ("balanced", "ladder"):
+            return
         pairs = list(shapes) if isinstance(shapes, (list, tuple)) else []
         fit = [isinstance(pair, (list, tuple)) and len(pair) == 2 for pair in pairs]
         if not pairs or not all(fit) or not all(isinstance(n, int) and n > 0 for pair in pairs for n in pair):
-            raise AdapterError(f"shapes must be 'ladder', 'balanced' or a list of (a_out, a_in) pairs, got {shapes!r}")
-        if len(pairs) > self.r:
-            raise AdapterError(
-                f"shapes lists {len(pairs)} shapes, and r={self.r} products cannot fill them; raise r or list fewer"
-            )
+            raise AdapterError(f"{name} must be 'ladder', 'balanced' or a list of (a_out, a_in) pairs, got {shapes!r}")
+
+
+def pattern_of(patterns: dict[str, Any], name: str, module: str) -> str | None:
+    """The pattern of a mapping that matches the end of the dotted name of a module, by PEFT's rule: the first one.
+
+    Of several that say the same it is the first in the alphabet, as it is where the saved adapter is read: PEFT sorts.
+
+    Raises:
+        AdapterError: the first one there says something else.
+    """
+    found = [pattern for pattern in patterns if get_pattern_key([pattern], module) == pattern]
+    if not found:
+        return None
+    first, sorted_first = found[0], min(found)
+    if patterns[first] != patterns[sorted_first]:
+        raise AdapterError(
+            f"{module!r} matches {first!r} and {sorted_first!r} of {name}, which differ. The first one counts, and "
+            "PEFT saves them in alphabetical order, so that the second one would count where the adapter is read; "
+            "write them so that only one matches"
+        )
+    return sorted_first

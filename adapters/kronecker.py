@@ -249,6 +249,9 @@ def times_right(x: torch.Tensor, right: torch.Tensor, onto: torch.Tensor | None 
 
 def times_left(left: torch.Tensor, x: torch.Tensor, onto: torch.Tensor | None = None) -> torch.Tensor:
     """L X_n for every n: left (s, p), x (N, p, q) -> (N, s, q), added to `onto` in place where it is given."""
+    if x.shape[2] == 1:  # a ladder's first rung: one plain product, as a LoRA's
+        y = times_right(x.transpose(1, 2), left.T, None if onto is None else onto.transpose(1, 2))
+        return y.transpose(1, 2)
     if x.shape[2] < _NARROW and x.dtype == torch.float32:
         y = times_right(x.transpose(1, 2), left.T).transpose(1, 2)
         return y.contiguous() if onto is None else onto.add_(y)
@@ -263,6 +266,8 @@ def right_gradient(x: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
 
 def left_gradient(grad: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     """The sum over n of G_n X_n^T: grad (N, s, q), x (N, p, q) -> (s, p)."""
+    if x.shape[2] == 1:  # nothing to copy
+        return grad.flatten(1).T @ x.flatten(1)
     return grad.transpose(0, 1).flatten(1) @ x.transpose(0, 1).flatten(1).T
 
 

@@ -73,12 +73,15 @@ class MokaLayer(BaseTunerLayer):
         r: int,
         alpha: float,
         inference_mode: bool = False,
+        pattern: str | None = None,
         **kwargs: Any,
     ) -> None:
-        """Add the factors and the gate of one adapter to this layer."""
-        shapes = resolve_shapes(config, self.out_features, self.in_features)
-        if not isinstance(config.shapes, str) and len(shapes) > r:
-            raise AdapterError(f"{len(shapes)} shapes for r = {r} products; give at most {r} shapes, or a larger r")
+        """Add the factors and the gate of one adapter to this layer; `pattern` is its key in `shapes_pattern`."""
+        shapes = resolve_shapes(config, self.out_features, self.in_features, pattern)
+        if not isinstance(config.shapes_of(pattern), str) and len(shapes) > r:
+            raise AdapterError(
+                f"{_asked_by(pattern)}{len(shapes)} shapes for r = {r} products; give at most {r} shapes, or a larger r"
+            )
         shapes = shapes[:r]
         counts = [r // len(shapes) + (i < r % len(shapes)) for i in range(len(shapes))]
         first, second = [], []
@@ -94,14 +97,14 @@ class MokaLayer(BaseTunerLayer):
         self.moka_counts[adapter_name] = counts
         self.moka_identity[adapter_name] = config.identity
         self.moka_fp32[adapter_name] = True
-        self._initialise(adapter_name, config)
+        self._initialise(adapter_name, config, pattern)
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
-    def _initialise(self, adapter_name: str, config: MokaConfig) -> None:
+    def _initialise(self, adapter_name: str, config: MokaConfig, pattern: str | None) -> None:
         a, b = self.held(adapter_name)
         # On a ladder every A starts with the numbers of a LoRA's, so that a step of one size means the same to each.
-        whole = self.in_features if config.shapes == "ladder" and config.identity is None else None
+        whole = self.in_features if config.is_ladder(pattern) else None
         for stack in (*a, *b):
             kaiming_uniform(stack, whole)
         if config.init_weights is False:
@@ -218,36 +221,42 @@ class MokaLayer(BaseTunerLayer):
                 self.moka_scale[name] = 1.0 if scale is None else self.moka_scale[name] / scale
 
 
-def resolve_shapes(config: MokaConfig, n_out: int, n_in: int) -> list[Shape]:
-    """The shapes in use for a layer of this size; written to `config.resolved_shapes`.
+def resolve_shapes(config: MokaConfig, n_out: int, n_in: int, pattern: str | None = None) -> list[Shape]:
+    """The shapes in use for a layer of this size under a key of `shapes_pattern`; written to `config.resolved_shapes`.
 
     Raises:
         AdapterError: a shape asked for does not divide the layer.
     """
-    key = f"{n_out}x{n_in}:{config.n_shapes}"
-    if not isinstance(config.shapes, str):
-        config.resolved_shapes[key] = [(int(o), int(i)) for o, i in config.shapes]
+    key = f"{n_out}x{n_in}:{config.n_shapes}" + ("" if pattern is None else f":{pattern}")
+    wanted = config.shapes_of(pattern)
+    if not isinstance(wanted, str):
+        config.resolved_shapes[key] = [(int(o), int(i)) for o, i in wanted]
     elif key not in config.resolved_shapes:
-        config.resolved_shapes[key] = _own_shapes(config, n_out, n_in)
+        config.resolved_shapes[key] = _own_shapes(config, n_out, n_in, pattern)
     shapes = [(o, i) for o, i in config.resolved_shapes[key]]
     for a_out, a_in in shapes:
+        shape = f"{_asked_by(pattern)}shape ({a_out}, {a_in})"
         if a_out < 1 or a_in < 1 or n_out % a_out or n_in % a_in:
             raise AdapterError(
-                f"shape ({a_out}, {a_in}) does not fit a layer of {n_out} outputs and {n_in} inputs: a_out must divide "
-                f"{n_out} and a_in must divide {n_in}. Use shapes='balanced', or name target_modules that it fits."
+                f"{shape} does not fit a layer of {n_out} outputs and {n_in} inputs: a_out must divide {n_out} and "
+                f"a_in must divide {n_in}. Use shapes='balanced', or name target_modules that it fits."
             )
         size = {"A": (a_out, a_in), "B": (n_out // a_out, n_in // a_in)}.get(config.identity or "")
         if size is not None and size[0] != size[1]:
             raise AdapterError(
-                f"shape ({a_out}, {a_in}) on a layer of {n_out} outputs and {n_in} inputs makes {config.identity} "
+                f"{shape} on a layer of {n_out} outputs and {n_in} inputs makes {config.identity} "
                 f"{size[0]} x {size[1]}, and an identity is square; use shapes='balanced' or other shapes"
             )
     return shapes
 
 
-def _own_shapes(config: MokaConfig, n_out: int, n_in: int) -> list[Shape]:
+def _asked_by(pattern: str | None) -> str:
+    return "" if pattern is None else f"shapes_pattern[{pattern!r}]: "
+
+
+def _own_shapes(config: MokaConfig, n_out: int, n_in: int, pattern: str | None) -> list[Shape]:
     if config.identity is None:
-        choose = ladder_shapes if config.shapes == "ladder" else balanced_shapes
+        choose = ladder_shapes if config.is_ladder(pattern) else balanced_shapes
         return choose(n_out, n_in, config.n_shapes)
     sizes = identity_sizes(n_out, n_in, config.n_shapes)
     if sizes == [1]:

@@ -67,12 +67,18 @@ class MokaLinear(nn.Module, MokaLayer):
         which loses most of a small update; `lost_in_merge` then holds what was lost.
 
         Raises:
-            AdapterError: `safe_merge` and the merged weight is not finite. This layer's weight is left as it was;
-                layers merged before it stay merged, until `unmerge_adapter`.
+            AdapterError: the base cannot be de-quantised (GPTQ, AWQ and others that PEFT runs forward only), or
+                `safe_merge` and the merged weight is not finite. This layer's weight is left as it was; layers merged
+                before it stay merged, until `unmerge_adapter`.
         """
         for name in check_adapters_to_merge(self, adapter_names):
             if name not in self.moka_A:
                 continue
+            if self.quantization_backend is not None and not self.quantization_backend.supports_merge:
+                raise AdapterError(
+                    f"a {type(self.get_base_layer()).__name__} cannot be de-quantised, so that nothing can be merged "
+                    "into it; use the adapter unmerged, or load it onto a base that is plain or of bitsandbytes"
+                )
             weight = self.get_base_weight()
             delta = self.get_delta_weight(name).to(weight.device)
             merged = (weight.float() + delta).to(weight.dtype)

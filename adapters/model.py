@@ -1,11 +1,10 @@
 """The PEFT tuner model: which modules become MoKA layers."""
 
-import re
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
@@ -19,7 +18,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from .combine import combined_config, fill_combined
-from .config import AdapterError, MokaConfig
+from .config import AdapterError, MokaConfig, pattern_of
 from .layer import MokaLayer, quantisation_of
 from .linear import MokaLinear
 
@@ -41,9 +40,13 @@ class MokaModel(BaseTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
-        r = _pattern_value(peft_config.rank_pattern, current_key, peft_config.r)
-        alpha = _pattern_value(peft_config.alpha_pattern, current_key, peft_config.alpha_of(r))
-        kwargs: dict[str, Any] = {"config": peft_config, "r": r, "alpha": alpha, **get_quantization_kwargs(self)}
+        by_r = pattern_of(peft_config.rank_pattern, "rank_pattern", current_key)
+        by_alpha = pattern_of(peft_config.alpha_pattern, "alpha_pattern", current_key)
+        by_shapes = pattern_of(peft_config.shapes_pattern, "shapes_pattern", current_key)
+        r = peft_config.r if by_r is None else peft_config.rank_pattern[by_r]
+        alpha = peft_config.alpha_of(r, by_shapes) if by_alpha is None else peft_config.alpha_pattern[by_alpha]
+        kwargs: dict[str, Any] = {"config": peft_config, "r": r, "alpha": alpha, "pattern": by_shapes}
+        kwargs |= get_quantization_kwargs(self)
         kwargs["inference_mode"] = peft_config.inference_mode
         if isinstance(target, MokaLayer):
             target.update_layer(adapter_name, **kwargs)
@@ -54,6 +57,24 @@ class MokaModel(BaseTuner):
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)  # a further adapter is not trained until it is made active
         self._replace_module(parent, target_name, layer, target)
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """Adapt the model. Where a module cannot be adapted as asked, the model is left as it was."""
+        try:
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+            names = [name for name, module in model.named_modules() if _holds(module, adapter_name)]
+            _check_patterns_match(cast(MokaConfig, self.peft_config[adapter_name]), names)
+        except AdapterError:
+            for name, module in list(model.named_modules()):
+                if _holds(module, adapter_name):
+                    self._take_out(model, name, cast(MokaLayer, module), adapter_name)
+            raise
+
+    def _take_out(self, model: nn.Module, name: str, layer: MokaLayer, adapter_name: str) -> None:
+        layer.delete_adapter(adapter_name)
+        if not layer.moka_A:
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, layer.get_base_layer())
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         if isinstance(child, MokaLayer) and new_module is child.get_base_layer():
@@ -147,16 +168,22 @@ class MokaModel(BaseTuner):
             raise AdapterError(f"Trying to infer with non-existing adapter(s): {words}; there are {sorted(known)}")
 
 
+def _holds(module: nn.Module, adapter_name: str) -> bool:
+    return isinstance(module, MokaLayer) and adapter_name in module.moka_A
+
+
+def _check_patterns_match(config: MokaConfig, names: Sequence[str]) -> None:
+    for pattern in config.shapes_pattern:
+        if not any(pattern_of({pattern: 0}, "shapes_pattern", name) for name in names):
+            ends = sorted({name.rpartition(".")[2] for name in names})
+            raise AdapterError(
+                f"shapes_pattern: {pattern!r} matches the end of no adapted module's name; the adapted ones end in "
+                f"{', '.join(ends)}"
+            )
+
+
 def _hand_over(names: Sequence[str], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return args, kwargs | {"adapter_names": names}
-
-
-def _pattern_value(pattern: dict[str, Any], key: str, default: Any) -> Any:
-    """The value of the first pattern that matches the end of the module's dotted name, as in PEFT's rank_pattern."""
-    for expression, value in pattern.items():
-        if re.match(rf"(.*\.)?({expression})$", key):
-            return value
-    return default
 
 
 def _check_linear(target: nn.Module, key: str) -> None:
@@ -172,21 +199,19 @@ def _check_linear(target: nn.Module, key: str) -> None:
 
 
 def _check_not_output(model: nn.Module, target: nn.Module, key: str) -> None:
-    """An output layer cannot be adapted: trainers read its weight past the adapter, and it may be the embedding's."""
+    """Refuse the output layer of a language model, and any layer that shares its weight with the input embedding."""
     if not isinstance(model, PreTrainedModel):
         return
-    weight, instead = getattr(target, "weight", None), f"modules_to_save=[{key.rpartition('.')[2]!r}]"
-    embedding = getattr(model.get_input_embeddings(), "weight", None)
-    if embedding is not None and weight is embedding:
-        raise AdapterError(
-            f"{key!r} shares its weight with the input embedding, which a merge would change too, and trainers read "
-            f"that weight past the adapter; take it out of target_modules, or train a copy in full with {instead}"
-        )
-    if target is model.get_output_embeddings():
-        raise AdapterError(
-            f"{key!r} is the output layer, whose weight trainers read past an adapter, which would then learn nothing; "
-            f"take it out of target_modules, or train it in full with {instead}"
-        )
+    own = getattr(model.get_input_embeddings(), "weight", None)
+    tied = own is not None and getattr(target, "weight", None) is own
+    if not tied and target is not model.get_output_embeddings():
+        return
+    shared = " It also shares its weight with the input embedding, which a merge would change too." if tied else ""
+    raise AdapterError(
+        f"{key!r} is the output layer: trainers multiply by its weight themselves and pass an adapter on it by, which "
+        f"would never be trained.{shared} Take it out of target_modules ('all-linear' leaves it out), name it in "
+        f"exclude_modules, or train a copy of it in full with modules_to_save=[{key.rpartition('.')[2]!r}]"
+    )
 
 
 def _warn_of_loss(layers: list[MokaLinear]) -> None:

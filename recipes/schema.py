@@ -24,6 +24,12 @@ from .yaml12 import Document
 OWN = r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*$"
 ALLOWED = rf"{OWN}|^[^\s:]+$"  # or the name of a model
 OwnPath = Annotated[str, Field(pattern=OWN)]
+Shapes = (
+    Literal["balanced", "ladder"]
+    | Annotated[
+        list[Annotated[list[Annotated[int, Field(ge=1)]], Field(min_length=2, max_length=2)]], Field(min_length=1)
+    ]
+)
 
 
 def _whose(name: Any) -> str:
@@ -233,8 +239,10 @@ class Adapter(Section):
     """Kronecker products a layer."""
     n_shapes: int = Field(default=5, ge=1)
     """Over how many shapes they are spread."""
-    shapes: Literal["balanced", "ladder"] = "balanced"
-    """Those of fewest parameters, nearest to square, or from LoRA's rank one upwards."""
+    shapes: Shapes = "balanced"
+    """Those of fewest parameters, nearest to square, or from LoRA's rank one upwards, or a list of [a_out, a_in]."""
+    shapes_pattern: dict[str, Shapes] = {}
+    """Other shapes for modules whose name ends in a match of the key, a regular expression, e.g. down_proj: ladder."""
     alpha: float | None = Field(default=None, gt=0)
     """Scale of the update; null stands for 2 r on a ladder, and else for r."""
     gate: Literal["softmax", "none"] = "softmax"

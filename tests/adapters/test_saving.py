@@ -202,8 +202,8 @@ def test_a_peft_outside_the_tested_range_is_named_with_the_range(monkeypatch, ve
     assert [words in str(warning.message) for warning in caught] == [True] * warned
 
 
-def test_a_spawned_worker_gets_the_config_and_the_whole_model(tiny, shake, tokens, tmp_path):
-    """The first thing that the worker does is to read a pickle, which must bring the registration along."""
+def test_a_process_that_imports_nothing_reads_a_pickled_model_and_its_config(tiny, shake, tokens, tmp_path):
+    """As in a spawned worker, a pickle is what comes first, and must bring the registration along."""
     model = shake(get_peft_model(tiny, MokaConfig(r=3, target_modules=["q_proj"])))
     (tmp_path / "model.pickle").write_bytes(pickle.dumps((model, tokens, logits(model, tokens))))
     code = """
@@ -217,6 +217,72 @@ print(model.peft_config["default"].peft_type.name, get_peft_config({"peft_type":
 """
     status, out, err = in_a_fresh_process(code, tmp_path / "model.pickle")
     assert (status, out) == (0, "MOKA 7"), err
+
+
+SPAWNING = """
+import sys
+
+class Rows:
+    def __init__(self, model, tokens):
+        self.model, self.tokens = model, tokens
+    def __len__(self):
+        return len(self.tokens)
+    def __getitem__(self, row):
+        return answers(self.model, self.tokens[row : row + 1])
+
+def answers(model, tokens):
+    import torch
+    from peft import get_peft_config, get_peft_model
+    torch.set_num_threads(1)
+    with torch.no_grad():
+        logits = model(tokens).logits[0]
+    config = model.peft_config["default"]
+    fresh = get_peft_model(torch.nn.Sequential(torch.nn.Linear(4, 4)), type(config)(r=1, target_modules=["0"]))
+    kinds = [config.peft_type, get_peft_config({"peft_type": "MOKA"}).peft_type, fresh.peft_config["default"].peft_type]
+    return logits, [kind.name for kind in kinds]
+
+def main():
+    import multiprocessing, torch
+    from torch.utils.data import DataLoader
+    model, tokens, expected = torch.load(sys.argv[1], weights_only=False)
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        found = [pool.apply(answers, (model, tokens[:1]))]
+    loader = DataLoader(Rows(model, tokens), batch_size=None, num_workers=1, multiprocessing_context="spawn")
+    found += loader
+    for (logits, kinds), wanted in zip(found, [expected[0], *expected], strict=True):
+        torch.testing.assert_close(logits, wanted)
+        assert kinds == ["MOKA"] * 3
+    print(len(found))
+
+if __name__ == "__main__":
+    main()
+"""
+
+
+@pytest.mark.slow
+def test_spawned_workers_of_multiprocessing_and_of_a_data_loader_use_the_model(tiny, shake, tokens, tmp_path):
+    """The workers import the script, in which only pickles name krontune."""
+    model = shake(get_peft_model(tiny, MokaConfig(r=3, target_modules=["q_proj"], shapes_pattern={"q_proj": "ladder"})))
+    torch.save((model, tokens, logits(model, tokens)), tmp_path / "model.pt")
+    (tmp_path / "spawn.py").write_text(SPAWNING)
+    command = [sys.executable, str(tmp_path / "spawn.py"), str(tmp_path / "model.pt")]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert (run.returncode, run.stdout.strip()) == (0, "4"), run.stderr
+
+
+def test_the_config_and_the_model_survive_copying_and_pickling_in_place(tiny, shake, tokens):
+    options = {"r": 3, "target_modules": ["q_proj", "v_proj"], "shapes_pattern": {"q_proj": [(8, 4)]}}
+    model = shake(get_peft_model(tiny, MokaConfig(**options)))
+    expected = logits(model, tokens)
+    for again in (pickle.loads(pickle.dumps(model)), copy.deepcopy(model)):
+        assert again.peft_config["default"] == model.peft_config["default"]
+        assert again.peft_config["default"].peft_type is PeftType.MOKA
+        assert torch.equal(logits(again, tokens), expected)
+        with torch.no_grad():
+            again.base_model.model.model.layers[0].self_attn.q_proj.moka_B["default"][0].zero_()
+        assert not torch.equal(logits(again, tokens), expected) and torch.equal(logits(model, tokens), expected)
+    config = MokaConfig(**options)
+    assert pickle.loads(pickle.dumps(config)) == copy.deepcopy(config) == config
 
 
 def test_importing_anew_registers_the_new_classes_under_the_same_member():

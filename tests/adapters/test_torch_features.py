@@ -92,17 +92,41 @@ def test_training_under_autocast_is_near_float32_and_keeps_float32_parameters(ti
         assert near > 0.97, name
 
 
-def test_an_output_layer_tied_to_the_embedding_is_refused(tiny_llama):
-    with pytest.raises(AdapterError, match=r"'lm_head' shares its weight.*modules_to_save=\['lm_head'\]"):
-        get_peft_model(tiny_llama(tie_word_embeddings=True), MokaConfig(target_modules=["q_proj", "lm_head"]))
-    get_peft_model(tiny_llama(tie_word_embeddings=True), MokaConfig(target_modules="all-linear"))
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("targets", [["q_proj", "lm_head"], ["lm_head"], r".*(q_proj|lm_head)"])
+def test_the_output_layer_is_refused_by_name_and_the_model_left_as_it_was(tiny_llama, tokens, tied, targets):
+    model = tiny_llama(tie_word_embeddings=tied)
+    with torch.no_grad():
+        expected = model(tokens).logits
+    with pytest.raises(AdapterError, match=r"'lm_head' is the output layer.*modules_to_save=\['lm_head'\]") as caught:
+        get_peft_model(model, MokaConfig(target_modules=targets))
+    assert ("shares its weight with the input embedding" in str(caught.value)) == tied
+    assert type(model.lm_head) is torch.nn.Linear and torch.equal(model(tokens).logits, expected)
 
 
-def test_an_output_layer_of_its_own_is_refused_too_as_trainers_read_past_an_adapter_on_it(tiny_llama):
-    for targets in (["q_proj", "lm_head"], r".*(q_proj|lm_head)"):
-        with pytest.raises(AdapterError, match=r"'lm_head' is the output layer.*modules_to_save=\['lm_head'\]"):
-            get_peft_model(tiny_llama(), MokaConfig(target_modules=targets))
-    get_peft_model(tiny_llama(), MokaConfig(target_modules=["q_proj"], modules_to_save=["lm_head"]))
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"target_modules": "all-linear"},
+        {"target_modules": ["q_proj", "lm_head"], "exclude_modules": ["lm_head"]},
+        {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
+        {"target_modules": "all-linear", "modules_to_save": ["lm_head"]},
+    ],
+)
+def test_what_the_refusal_of_the_output_layer_advises_works(tiny_llama, tokens, tied, options):
+    model = get_peft_model(tiny_llama(tie_word_embeddings=tied), MokaConfig(**options))
+    model(input_ids=tokens, labels=tokens).loss.backward()
+    trained = {name for name, p in model.named_parameters() if p.grad is not None and p.grad.any()}
+    assert any("q_proj.moka_B" in name for name in trained)
+    assert any("lm_head" in name for name in trained) == ("modules_to_save" in options)
+    assert not any("lm_head" in name and "moka_" in name for name, _ in model.named_parameters())
+
+
+def test_a_second_adapter_on_the_output_layer_is_refused_too(tiny, tokens):
+    model = get_peft_model(tiny, MokaConfig(target_modules=["q_proj"], modules_to_save=["lm_head"]))
+    with pytest.raises(ValueError, match="lm_head"):
+        model.add_adapter("other", MokaConfig(target_modules=["q_proj", "lm_head"]))
 
 
 @pytest.mark.slow

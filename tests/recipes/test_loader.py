@@ -11,6 +11,7 @@ from krontune.recipes.loader import load
 from krontune.recipes.run_folder import recipe_text
 from krontune.recipes.schema import Recipe
 from krontune.recipes.shipped import copy_recipe, shipped, shipped_text
+from krontune.recipes.training import moka_config
 from krontune.recipes.yaml12 import read
 
 HEAD = "name: x\nbase: {model: m}\nstages:\n"
@@ -47,6 +48,24 @@ def test_quickstart_has_all_four_stages():
     assert [stage.stage for stage in recipe.stages] == ["select", "sft", "rl", "verify"]
     assert recipe.stage("sft").controls == ["random"] and recipe.base.quantization == "nf4"
     assert recipe.stage("nothing") is None
+
+
+def test_shapes_by_module_reach_the_adapter_and_the_kept_recipe(tmp_path, faults_of):
+    by_module = {"down_proj": "ladder", "layers.0.self_attn.q_proj": [[24, 12], [8, 4]]}
+    sft = "- stage: sft\n  data: a.txt\n  adapter: "
+    (tmp_path / "one.yaml").write_text(HEAD + sft + json.dumps({"shapes": [[4, 4]], "shapes_pattern": by_module}))
+    recipe = load(tmp_path / "one.yaml")
+    (tmp_path / "again.yaml").write_text(recipe_text(recipe))
+    for read_back in (recipe, load(tmp_path / "again.yaml")):
+        config = moka_config(read_back.stage("sft").adapter)
+        assert [*map(tuple, config.shapes)] == [(4, 4)]
+        assert config.shapes_pattern == {"down_proj": "ladder", "layers.0.self_attn.q_proj": [(24, 12), (8, 4)]}
+    wrong = {"shapes_pattern": {"q_proj": "square", "v_proj": [[8, 0]], "k_proj": [[8]]}}
+    assert [line.split(": ", 1)[1] for line in faults_of(HEAD + sft + json.dumps(wrong))] == [
+        "q_proj: 'square' is not one of 'balanced', 'ladder' or a list",
+        "v_proj.0.1: must be greater than or equal to 1, got 0",
+        "k_proj.0: must have at least 2 items after validation, not 1, got [8]",
+    ]
 
 
 def test_a_file_is_read_with_its_overrides_and_every_key_has_its_place(small):

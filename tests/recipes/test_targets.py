@@ -84,7 +84,7 @@ def test_a_model_of_eight_billion_parameters_takes_seconds_and_no_memory():
         ("target_modules=[q_proj, self_attn.v_prj]", "'self_attn.v_prj' matches no module of the model; did you mean "),
         ("target_modules=[zzz]", "its linear ones are q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj"),
         ("target_modules=q_proj", "a text is a regular expression over whole names"),
-        ("target_modules=[lm_head]", "'lm_head' shares its weight with the input embedding"),
+        ("target_modules=[lm_head]", "'lm_head' is the output layer: trainers multiply by its weight themselves"),
         ("target_modules=[norm]", "MoKA adapts linear layers, and 'model.norm' is of type LlamaRMSNorm"),
         (
             "exclude_modules=[up_prj]",
@@ -113,7 +113,7 @@ def test_all_wrong_names_are_found_at_once(folder):
 def test_an_output_layer_of_its_own_is_a_fault(folder):
     LlamaConfig(**TINY, tie_word_embeddings=False).save_pretrained("tiny")
     [fault] = faults_of(folder, "stages.sft.adapter.target_modules=[lm_head]")
-    assert "'lm_head' is the output layer, whose weight trainers read past an adapter" in fault
+    assert "'lm_head' is the output layer: trainers multiply by its weight themselves" in fault
 
 
 def test_a_size_without_factors_is_refused_with_the_factors_and_a_ladder_takes_it():
