@@ -186,11 +186,15 @@ def sample_windows(texts: Iterable[str], tokenizer: Any, tokens: int) -> torch.T
         ids += tokenizer(text)["input_ids"]
         if len(ids) >= tokens:
             break
-    width = min(WINDOW, tokens, len(ids))
-    if width < 2:
-        raise BaseModelError(f"the sample has {len(ids)} tokens; the scores lim and nll need text, of 2 tokens or more")
-    rows = min(tokens, len(ids)) // width
-    return torch.tensor(ids[: rows * width]).view(rows, width)  # (n, T)
+    found = min(tokens, len(ids))
+    if found < 2:
+        raise BaseModelError(f"the sample has {found} tokens; the scores lim and nll need text, of 2 tokens or more")
+    return torch.tensor(ids[: whole_rows(found)]).view(-1, min(WINDOW, found))  # (n, T)
+
+
+def whole_rows(tokens: int) -> int:
+    """How many of these tokens are read: whole rows of 256, or one shorter row."""
+    return tokens - tokens % min(WINDOW, tokens)
 
 
 def score_layers(model: nn.Module, scorer: str, windows: torch.Tensor | None, low: int) -> list[float]:

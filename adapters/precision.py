@@ -193,7 +193,9 @@ class BitPlan:
             raise BaseModelError(f"there is no bit plan {str(path)!r}: {error.strerror}") from error
         except (ValueError, KeyError, TypeError) as error:
             reason = f"it lacks {error}" if isinstance(error, KeyError) else str(error)
-            raise BaseModelError(f"{str(path)!r} is no bit plan: {reason}. Make it anew with bit_plan().") from error
+            raise BaseModelError(
+                f"{str(path)!r} is no bit plan: {reason}. Delete it, or make it anew with bit_plan()."
+            ) from error
         return plan
 
 

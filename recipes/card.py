@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from .figures import ASKS, COLUMNS, cells, check_name, heuristic_name, model_name, number
+from .figures import ASKS, COLUMNS, cells, check_name, heuristic_name, model_name, number, storage
 from .run_report import RunFiles
 
 CARD = "README.md"
@@ -29,6 +29,7 @@ def model_card(run: RunFiles, adapter: Path) -> str:
         *([run.recipe["description"]] if run.recipe.get("description") else []),
         _what(run, config),
         _how(),
+        *([_how_mixed()] if run.recipe["base"].get("precision") else []),
         *_results(run),
         *_checks(run),
         "## Recipe\n\n```yaml\n"
@@ -44,6 +45,8 @@ def _front(run: RunFiles, config: dict[str, Any]) -> dict[str, Any]:
     tags = ["krontune", config["peft_type"].lower()]
     if run.recipe["base"]["quantization"]:
         tags.append("4-bit" if run.recipe["base"]["quantization"] != "int8" else "8-bit")
+    if run.recipe["base"].get("precision"):
+        tags.append("mixed-precision")
     kinds = [stage["stage"] for stage in run.recipe["stages"]]
     tags += [name for kind, name in (("sft", "sft"), ("rl", "grpo"), ("verify", "rlvr")) if kind in kinds]
     front: dict[str, Any] = {"library_name": "peft"}
@@ -62,7 +65,7 @@ def _hub_id(name: str | None) -> str | None:
 def _what(run: RunFiles, config: dict[str, Any]) -> str:
     base = _hub_id(config["base_model_name_or_path"]) or "a checkpoint that is not on the Hub"
     trained = [stage for stage in run.stages.values() if "trainable_parameters" in stage]
-    quantised = run.recipe["base"]["quantization"]
+    quantised = storage(run.recipe["base"])
     size = f", {trained[-1]['trainable_parameters']:,} trained parameters" if trained else ""
     return (
         f"A {config['peft_type']} adapter over {base}{f' in {quantised}' if quantised else ''}{size}, made with "
@@ -82,6 +85,19 @@ from transformers import AutoTokenizer
 adapter = "..."  # the id of this repository, or the folder of this file
 model = AutoPeftModelForCausalLM.from_pretrained(adapter)
 tokenizer = AutoTokenizer.from_pretrained(adapter)
+```"""
+
+
+def _how_mixed() -> str:
+    return """\
+The base that it was trained over has layers of different precision, by `bit_plan.json` beside the adapter:
+
+```python
+from krontune.adapters import load_base
+from peft import PeftModel
+
+base, tokenizer = load_base("...", precision="the folder of bit_plan.json")  # the base model
+model = PeftModel.from_pretrained(base, adapter)
 ```"""
 
 
