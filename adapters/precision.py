@@ -62,19 +62,24 @@ def importance(scorer: str, scores: Sequence[float]) -> list[float]:
     return [-score for score in scores] if scorer == "zd" else list(scores)
 
 
-def budget_fault(levels: Sequence[int], avg_bits: float) -> str | None:
-    """What is wrong with these levels and this average, in words; None where a plan exists."""
+def levels_fault(levels: Sequence[int]) -> str | None:
+    """What is wrong with these levels, in words."""
     unknown = [level for level in levels if level not in LEVELS]
     if unknown:
         return f"level {unknown[0]} is not possible; allowed: 16 (as loaded), 8 (int8) and 4 (nf4)"
     if len(set(levels)) < len(levels) or len(levels) < 2:
         return f"levels {list(levels)}: give two or three different ones of 16, 8 and 4; for one alone use quantization"
+    return None
+
+
+def budget_fault(levels: Sequence[int], avg_bits: float) -> str | None:
+    """What is wrong with these levels and this average, in words; None where a plan exists."""
+    if fault := levels_fault(levels):
+        return fault
     if not min(levels) <= avg_bits <= max(levels):
-        side = "below the smallest" if avg_bits < min(levels) else "above the largest"
-        bound = min(levels) if avg_bits < min(levels) else max(levels)
-        return f"avg_bits {avg_bits} is {side} of the levels {list(levels)}; give {min(levels)} to {max(levels)}" + (
-            "" if avg_bits < bound else ", or leave precision out"
-        )
+        below, above = avg_bits < min(levels), avg_bits > max(levels)  # neither for NaN
+        side = "below the smallest of" if below else "above the largest of" if above else "not within"
+        return f"avg_bits {avg_bits} is {side} the levels {list(levels)}; give {min(levels)} to {max(levels)}"
     return None
 
 
@@ -170,7 +175,7 @@ class BitPlan:
         """Write the plan to this file, or, for a folder, to bit_plan.json in it; whole or not at all."""
         path = Path(path) / PLAN if Path(path).is_dir() else Path(path)
         averages = {"average_bits": self.average_bits, "stored_bits": self.stored_bits}
-        beside = path.with_name(f".{path.name}.tmp")
+        beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         beside.write_text(json.dumps(asdict(self) | averages, indent=1) + "\n", encoding="utf-8")
         os.replace(beside, path)
         return path

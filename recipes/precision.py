@@ -1,5 +1,6 @@
 """The bit plan of a run: made once, kept in the run folder, and copied beside every adapter."""
 
+from dataclasses import replace
 from pathlib import Path
 
 from ..adapters import BitPlan, bit_plan
@@ -41,6 +42,12 @@ def recipe_plan(base: BaseModelSection, run: Path) -> BitPlan | None:
 
 
 def save_plan(run: Path, adapter: Path) -> None:
-    """Put the run's plan, if it has one, beside an adapter, so that who loads it finds the base that it stands on."""
-    if (run / PLAN).is_file():
-        BitPlan.load(run / PLAN).save(adapter)
+    """Put the run's plan, if it has one, beside an adapter, so that who loads it finds the base that it stands on.
+
+    The adapter may be published, so of a model's folder only the name is kept.
+    """
+    if not (run / PLAN).is_file():
+        return
+    plan = BitPlan.load(run / PLAN)
+    is_path = Path(plan.model).expanduser().exists() or plan.model.startswith((".", "/", "~"))
+    replace(plan, model=Path(plan.model).name if is_path else plan.model).save(adapter)

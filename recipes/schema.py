@@ -17,7 +17,7 @@ from pydantic import (
     model_validator,
 )
 
-from ..adapters.precision import budget_fault
+from ..adapters.precision import budget_fault, levels_fault
 from .own import ALLOW_LATER, is_own, not_allowed
 from .trainer_args import CreditArgs, GrpoTrainerArgs, GuardArgs, RiskArgs, SftTrainerArgs
 from .yaml12 import Document
@@ -44,16 +44,25 @@ class Precision(Section):
     with this layer alone at the lowest level."""
     levels: list[Literal[16, 8, 4]] = [16, 8, 4]
     """Bits that a layer may have: 16 as loaded, 8 int8, 4 nf4."""
-    avg_bits: float = 5.0
+    avg_bits: float = Field(default=5.0, validate_default=True)
     """The most bits a weight on average over the linear weights of the transformer layers, without the scales."""
     tokens: int = Field(default=1024, ge=2)
     """Of the shipped prose, which lim and nll read."""
 
-    @model_validator(mode="after")
-    def _can_be_kept(self) -> "Precision":
-        if fault := budget_fault(self.levels, self.avg_bits):
+    @field_validator("levels")
+    @classmethod
+    def _several_levels(cls, levels: list[int]) -> list[int]:
+        if fault := levels_fault(levels):
             raise ValueError(fault)
-        return self
+        return levels
+
+    @field_validator("avg_bits")
+    @classmethod
+    def _within_the_levels(cls, avg_bits: float, info: ValidationInfo) -> float:
+        levels = info.data.get("levels")  # missing where they are at fault themselves
+        if levels is not None and (fault := budget_fault(levels, avg_bits)):
+            raise ValueError(fault)
+        return avg_bits
 
 
 class BaseModelSection(Section):

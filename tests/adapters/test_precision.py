@@ -109,7 +109,7 @@ def test_the_least_important_layers_go_down_first_and_none_to_4_before_all_are_a
         ([16, 8, 2], 9, "level 2 is not possible; allowed: 16 (as loaded), 8 (int8) and 4 (nf4)"),
         ([8], 8, "give two or three different ones"),
         ([8, 8], 8, "give two or three different ones"),
-        ([16, 4], float("nan"), "avg_bits nan is"),
+        ([16, 4], float("nan"), "avg_bits nan is not within the levels [16, 4]"),
     ],
 )
 def test_an_impossible_budget_is_refused_with_its_numbers(levels, avg_bits, message):
