@@ -21,7 +21,7 @@ OUTLIER = 6.0  # inputs above it are multiplied in 16 bits, as in arXiv 2208.073
 
 def bit_plan(
     model: str,
-    scorer: Scorer = "lim",
+    scorer: Scorer = "nll",
     *,
     levels: Sequence[int] = (16, 8, 4),
     avg_bits: float = 5.0,

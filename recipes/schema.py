@@ -39,7 +39,7 @@ class Section(BaseModel):
 class Precision(Section):
     """Bits for each transformer layer, by how important it is; see docs/mixed_precision.md."""
 
-    scorer: Literal["lim", "zd", "nll"] = "lim"
+    scorer: Literal["lim", "zd", "nll"] = "nll"
     """lim: how much a layer changes its input; zd: how its weights are distributed; nll: the measured rise of the loss
     with this layer alone at the lowest level."""
     levels: list[Literal[16, 8, 4]] = [16, 8, 4]

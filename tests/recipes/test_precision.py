@@ -28,7 +28,7 @@ def test_precision_takes_the_place_of_quantization(small):
     assert base.precision.avg_bits == 5.0 and base.quantization is None
     assert load(small).base.quantization == "nf4"
     assert load(small, [MIXED, "base.quantization=null"]).base.quantization is None
-    assert load(small, ["base.precision={avg_bits: 6}"]).base.precision.scorer == "lim"
+    assert load(small, ["base.precision={avg_bits: 6}"]).base.precision.scorer == "nll"
 
 
 @pytest.mark.parametrize("quantization", ["nf4", "int8"])
