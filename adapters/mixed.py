@@ -78,7 +78,7 @@ def make_plan(
         bits=tuple(bits),
         scores=tuple(scores),
         weights=tuple(sizes),
-        bytes=sum(stored_bytes(*shape, b) for layer, b in zip(shapes, bits, strict=True) for shape in layer),
+        bytes=sum(stored_bytes(m, n, b) for layer, b in zip(shapes, bits, strict=True) for m, n in layer),
         sample=None if windows is None else {"tokens": windows.numel(), "sha256": _fingerprint(windows)},
     )
 
@@ -96,7 +96,7 @@ def transformer_layers(model: nn.Module) -> list[nn.Module]:
     Raises:
         BaseModelError: they cannot be told from other lists of modules, or hold no linear module.
     """
-    config: Any = model.config
+    config = cast(Any, model).config
     number = config.get_text_config(decoder=True).num_hidden_layers
     lists = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == number]
     if not lists or getattr(config, "quantization_config", None) is not None:
@@ -124,10 +124,10 @@ def quantised(linear: nn.Linear, bits: int, dtype: torch.dtype, device: torch.de
 
     n_in, n_out, weight = linear.in_features, linear.out_features, linear.weight.data.cpu()
     if bits == 8:
-        new: Any = Linear8bitLt(n_in, n_out, has_fp16_weights=False, threshold=OUTLIER, device="meta")
+        new = cast(Any, Linear8bitLt(n_in, n_out, has_fp16_weights=False, threshold=OUTLIER, device="meta"))
         new.weight = Int8Params(weight, requires_grad=False, has_fp16_weights=False).to(device)
     else:
-        new = Linear4bit(n_in, n_out, compute_dtype=dtype, quant_type="nf4", device="meta")
+        new = cast(Any, Linear4bit(n_in, n_out, compute_dtype=dtype, quant_type="nf4", device="meta"))
         new.weight = Params4bit(weight, requires_grad=False, quant_type="nf4", compress_statistics=True, module=new).to(
             device
         )
