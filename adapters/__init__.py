@@ -10,7 +10,9 @@ from .export import export_merged
 from .kronecker import use_fused
 from .layer import MokaLayer
 from .linear import MokaLinear
+from .mixed import bit_plan
 from .model import MokaModel
+from .precision import BitPlan
 from .registration import register
 
 register()
@@ -18,10 +20,12 @@ register()
 __all__ = [
     "AdapterError",
     "BaseModelError",
+    "BitPlan",
     "MokaConfig",
     "MokaLayer",
     "MokaLinear",
     "MokaModel",
+    "bit_plan",
     "dense_weights",
     "export_merged",
     "load_base",

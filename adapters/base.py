@@ -13,6 +13,8 @@ from .embedded import HUB_ID, NAME, PACKAGE, cache_folder, from_hub_id
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from .precision import BitPlan
+
 Quantization = Literal["nf4", "fp4", "int8"]
 QUANTIZATIONS = ("nf4", "fp4", "int8", None)
 
@@ -30,6 +32,7 @@ def load_base(
     attn_implementation: str | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
+    precision: BitPlan | str | Path | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a causal language model and its tokenizer.
 
@@ -44,16 +47,23 @@ def load_base(
         attn_implementation: as in transformers; None takes its choice.
         revision: of a Hub model.
         trust_remote_code: run the Python code that the model's repository brings along.
+        precision: instead of one quantisation for all: a plan of `bit_plan`, its file, or a folder that holds one, such
+            as that of an adapter trained over it. Layers at 4 bits are nf4, at 8 int8, at 16 as loaded. The main memory
+            has to hold the unquantised model for the time of loading.
 
     Returns:
         The model in eval mode, its parameters frozen, and a tokenizer with a padding token.
 
     Raises:
-        BaseModelError: there is no such model, no network, no such quantisation, or the device is not there.
+        BaseModelError: there is no such model, no network, no such quantisation, or the device is not there; a plan
+            does not fit the model, or stands beside a quantisation that contradicts it.
     """
     if quantization not in QUANTIZATIONS:
         raise BaseModelError(f"quantization {quantization!r} is unknown; allowed: 'nf4', 'fp4', 'int8' or None")
+    if precision is not None and quantization not in ("nf4", None):
+        raise BaseModelError(f"quantization {quantization!r} contradicts precision, which takes its place; give one")
     device = _check_device(device, attn_implementation)
+    plan = _read_plan(precision)
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -69,13 +79,17 @@ def load_base(
         base = AutoModelForCausalLM.from_pretrained(
             source,
             dtype=dtype,
-            device_map={"": device},
+            device_map={"": "cpu" if plan else device},
             attn_implementation=attn_implementation,
-            quantization_config=bitsandbytes_config(quantization, dtype),
+            quantization_config=None if plan else bitsandbytes_config(quantization, dtype),
             **options,
         )
     except (OSError, ValueError, ImportError, SafetensorError) as error:
         raise BaseModelError(_explain(model, source, error)) from error
+    if plan is not None:
+        from .mixed import apply_plan
+
+        apply_plan(base, plan, dtype, device)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     if torch.device(device).type == "cpu":
@@ -84,6 +98,12 @@ def load_base(
             output_layer.register_forward_pre_hook(_contiguous)
     base.requires_grad_(False)
     return base.eval(), tokenizer
+
+
+def _read_plan(precision: BitPlan | str | Path | None) -> BitPlan | None:
+    from .precision import BitPlan
+
+    return precision if precision is None or isinstance(precision, BitPlan) else BitPlan.load(precision)
 
 
 def resolve_model(model: str | Path, revision: str | None = None) -> str:

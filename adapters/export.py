@@ -14,6 +14,7 @@ from torch import nn
 from .base import Quantization, bitsandbytes_config, load_base
 from .config import AdapterError
 from .layer import MokaLayer, quantisation_of
+from .precision import BitPlan
 
 
 def export_merged(
@@ -22,6 +23,7 @@ def export_merged(
     dtype: torch.dtype = torch.bfloat16,
     quantization: Quantization | None = None,
     requantize: Quantization | None = None,
+    precision: BitPlan | str | Path | None = None,
 ) -> Path:
     """Write W + delta W, W the de-quantised base, as a plain transformers checkpoint.
 
@@ -48,7 +50,7 @@ def export_merged(
     """
     model, tokenizer = model_or_folder, None
     if not isinstance(model, PeftModel):
-        model, tokenizer = _load_adapter(Path(model), quantization, dtype)
+        model, tokenizer = _load_adapter(Path(model), quantization, dtype, precision)
     base = model.get_base_model()
     _check_layers(base)
     state = _merged_state(base, dtype)
@@ -68,7 +70,12 @@ def export_merged(
     return Path(out_dir)
 
 
-def _load_adapter(folder: Path, quantization: Quantization | None, dtype: torch.dtype) -> tuple[PeftModel, Any]:
+def _load_adapter(
+    folder: Path,
+    quantization: Quantization | None,
+    dtype: torch.dtype,
+    precision: BitPlan | str | Path | None,
+) -> tuple[PeftModel, Any]:
     from peft import PeftConfig
 
     if not (folder / "adapter_config.json").is_file():
@@ -76,7 +83,7 @@ def _load_adapter(folder: Path, quantization: Quantization | None, dtype: torch.
     name = PeftConfig.from_pretrained(str(folder)).base_model_name_or_path
     if not name:
         raise AdapterError(f"{str(folder)!r} does not say which base model it belongs to; pass the loaded model")
-    base, tokenizer = load_base(name, quantization, dtype=dtype)
+    base, tokenizer = load_base(name, quantization, dtype=dtype, precision=precision)
     return PeftModel.from_pretrained(base, str(folder)), tokenizer
 
 

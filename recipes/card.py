@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..adapters.embedded import HUB_ID, to_hub_id
-from .figures import ASKS, COLUMNS, cells, check_name, heuristic_name, model_name, number
+from .figures import ASKS, COLUMNS, cells, check_name, heuristic_name, model_name, number, storage
 from .masking import without_paths
 from .run_folder import yaml_text
 from .run_report import RunFiles
@@ -31,6 +31,7 @@ def model_card(run: RunFiles, adapter: Path, repo: str | None = None) -> str:
         *([run.recipe["description"]] if run.recipe.get("description") else []),
         _what(run, config, base),
         _how(run, base, repo or (run.recipe.get("hub") or {}).get("repo")),
+        *([_how_mixed()] if run.recipe["base"].get("precision") else []),
         *_results(run),
         *_checks(run),
         "## Recipe\n\n```yaml\n" + yaml_text(without_paths(run.recipe)) + "```",
@@ -49,6 +50,8 @@ def metadata(recipe: dict[str, Any], peft_type: str, base: str | None) -> dict[s
     tags = ["krontune", peft_type.lower()]
     if recipe["base"]["quantization"]:
         tags.append("4-bit" if recipe["base"]["quantization"] != "int8" else "8-bit")
+    if recipe["base"].get("precision"):
+        tags.append("mixed-precision")
     kinds = [stage["stage"] for stage in recipe["stages"]]
     tags += [name for kind, name in (("sft", "sft"), ("rl", "grpo"), ("verify", "rlvr")) if kind in kinds]
     known = {"base_model": base, "base_model_relation": "adapter", **licence(base)} if base else {}
@@ -106,7 +109,7 @@ def _hub_id(name: str | None) -> str | None:
 
 def _what(run: RunFiles, config: dict[str, Any], base: str | None) -> str:
     trained = [stage for stage in run.stages.values() if "trainable_parameters" in stage]
-    quantised = run.recipe["base"]["quantization"]
+    quantised = storage(run.recipe["base"])
     size = f", {trained[-1]['trainable_parameters']:,} trained parameters" if trained else ""
     return (
         f"A {config['peft_type']} adapter over {base or 'a checkpoint that is not on the Hub'}"
@@ -144,6 +147,19 @@ from peft import PeftModel
 
 model, tokenizer = load_base("{base}", "{quantised}")
 model = PeftModel.from_pretrained(model, adapter)
+```"""
+
+
+def _how_mixed() -> str:
+    return """\
+The base that it was trained over has layers of different precision, by `bit_plan.json` beside the adapter:
+
+```python
+from krontune.adapters import load_base
+from peft import PeftModel
+
+base, tokenizer = load_base("...", precision="the folder of bit_plan.json")  # the base model
+model = PeftModel.from_pretrained(base, adapter)
 ```"""
 
 

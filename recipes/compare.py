@@ -8,7 +8,7 @@ from rich.table import Table
 
 from ..data_selection.selection import write_atomic
 from .card import CARD, model_card
-from .figures import COLUMNS, check_name, model_name, rate
+from .figures import COLUMNS, check_name, model_name, rate, storage
 from .page import comparison_page, run_page
 from .run_report import RunFiles, read_run, write_report
 from .training import ADAPTER
@@ -58,7 +58,7 @@ def comparison(runs: Sequence[RunFiles], names: Sequence[str]) -> list[list[str]
 
 def _column(run: RunFiles) -> dict[str, str]:
     base = run.recipe["base"]
-    found = {"base model": f"{base['model']}, {base['quantization'] or 'unquantised'}", "seed": str(run.record["seed"])}
+    found = {"base model": f"{base['model']}, {storage(base) or 'unquantised'}", "seed": str(run.record["seed"])}
     for name, stage in run.stages.items():
         if "steps" in stage:
             found[f"{name}: steps"] = str(stage["steps"])

@@ -47,6 +47,15 @@ def cells(scores: Mapping[str, Any], columns: Iterable[str] = tuple(COLUMNS)) ->
     return [rate(scores[key]) if key in scores else "" for key in columns]
 
 
+def storage(base: Mapping[str, Any]) -> str | None:
+    """How a recipe's base is stored, in words; None as published."""
+    mixed = base.get("precision")
+    if not mixed:
+        return base["quantization"]
+    *more, last = (str(level) for level in sorted(mixed["levels"], reverse=True))
+    return f"mixed precision, {', '.join(more)} and {last} bits, at most {mixed['avg_bits']:g} on average"
+
+
 def model_name(name: str) -> str:
     """base, sft, sft-random, rl... in words."""
     stage, _, control = name.partition("-")

@@ -10,7 +10,7 @@ from typing import Any
 from ..data_selection import DataSelectionError, Selection
 from ..rl.checks import CheckResult
 from ..rl.checks.svg import lines, pictures
-from .figures import ASKS, COLUMNS, cells, check_name, heuristic_name, model_name, number
+from .figures import ASKS, COLUMNS, cells, check_name, heuristic_name, model_name, number, storage
 from .run_report import RunFiles
 from .select import SELECTED
 
@@ -97,7 +97,7 @@ def _page(title: str, parts: Sequence[str]) -> str:
 def _facts(run: RunFiles) -> str:
     base = run.recipe["base"]
     seconds = sum(stage["seconds"] for stage in run.stages.values())
-    weights = f" in {base['quantization']}" if base["quantization"] else ""
+    weights = f" in {storage(base)}" if storage(base) else ""
     facts = [f"{base['model']}{weights}", f"seed {run.record['seed']}", f"{seconds / 60:.1f} minutes"]
     trained = [stage for stage in run.stages.values() if "trainable_parameters" in stage]
     if trained:

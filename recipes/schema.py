@@ -13,9 +13,11 @@ from pydantic import (
     PrivateAttr,
     Tag,
     ValidationInfo,
+    field_validator,
     model_validator,
 )
 
+from ..adapters.precision import budget_fault, levels_fault
 from .own import ALLOW_LATER, is_own, not_allowed
 from .trainer_args import CreditArgs, GrpoTrainerArgs, GuardArgs, RiskArgs, SftTrainerArgs
 from .yaml12 import Document
@@ -40,11 +42,42 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
 
 
+class Precision(Section):
+    """Bits for each transformer layer, by how important it is; see docs/mixed_precision.md."""
+
+    scorer: Literal["lim", "zd", "nll"] = "nll"
+    """lim: how much a layer changes its input; zd: how its weights are distributed; nll: the measured rise of the loss
+    with this layer alone at the lowest level."""
+    levels: list[Literal[16, 8, 4]] = [16, 8, 4]
+    """Bits that a layer may have: 16 as loaded, 8 int8, 4 nf4."""
+    avg_bits: float = Field(default=5.0, validate_default=True)
+    """The most bits a weight on average over the linear weights of the transformer layers, without the scales."""
+    tokens: int = Field(default=1024, ge=2)
+    """Of the shipped prose, which lim and nll read."""
+
+    @field_validator("levels")
+    @classmethod
+    def _several_levels(cls, levels: list[int]) -> list[int]:
+        if fault := levels_fault(levels):
+            raise ValueError(fault)
+        return levels
+
+    @field_validator("avg_bits")
+    @classmethod
+    def _within_the_levels(cls, avg_bits: float, info: ValidationInfo) -> float:
+        levels = info.data.get("levels")  # missing where they are at fault themselves
+        if levels is not None and (fault := budget_fault(levels, avg_bits)):
+            raise ValueError(fault)
+        return avg_bits
+
+
 class BaseModelSection(Section):
     model: str = Field(min_length=1)
     """A Hub id, a folder, or smollm2-135m, the embedded model."""
     quantization: Literal["nf4", "fp4", "int8"] | None = "nf4"
-    """Of the linear layers, by bitsandbytes; null for none."""
+    """Of the linear layers, by bitsandbytes; null for none, and with precision."""
+    precision: Precision | None = None
+    """In place of one quantization for all layers: how many bits they have on average, and which have more."""
     revision: str | None = None
     """Of a Hub model."""
     trust_remote_code: bool = False
@@ -53,6 +86,21 @@ class BaseModelSection(Section):
     """sdpa, eager, flash_attention_2...; null takes the choice of transformers."""
     dense_generation: bool = False
     """Generate on de-quantised, merged weights: several times faster, for 2 bytes a weight more memory."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _precision_takes_the_place_of_quantization(cls, data: Any) -> Any:
+        mixed = isinstance(data, dict) and data.get("precision") is not None
+        return {"quantization": None, **data} if mixed else data
+
+    @field_validator("precision")
+    @classmethod
+    def _one_of_both(cls, precision: Precision | None, info: ValidationInfo) -> Precision | None:
+        if precision is not None and (given := info.data.get("quantization")) is not None:
+            raise ValueError(
+                f"precision takes the place of quantization, which is {given!r}: leave quantization out, or precision"
+            )
+        return precision
 
 
 class Shipped(Section):

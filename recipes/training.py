@@ -12,6 +12,7 @@ from transformers import PrinterCallback, Trainer, set_seed
 
 from ..adapters import MokaConfig, load_base
 from .checkpoints import Checkpoint, Checkpoints, last_checkpoint, remove_checkpoints, saving
+from .precision import recipe_plan, save_plan
 from .run_folder import TRAINER, RunError, RunFolder
 from .schema import Adapter, BaseModelSection, Recipe
 from .trainer_args import given
@@ -19,26 +20,27 @@ from .trainer_args import given
 ADAPTER = "adapter"
 
 
-def load_recipe_base(base: BaseModelSection) -> tuple[Any, Any]:
+def load_recipe_base(base: BaseModelSection, run: RunFolder) -> tuple[Any, Any]:
     return load_base(
         base.model,
         base.quantization,
         attn_implementation=base.attn_implementation,
         revision=base.revision,
         trust_remote_code=base.trust_remote_code,
+        precision=recipe_plan(base, run.path),
     )
 
 
-def new_adapter(recipe: Recipe, adapter: Adapter) -> tuple[PeftModel, Any]:
+def new_adapter(recipe: Recipe, adapter: Adapter, run: RunFolder) -> tuple[PeftModel, Any]:
     """The base with a fresh adapter, and the tokenizer."""
-    model, tokenizer = load_recipe_base(recipe.base)
+    model, tokenizer = load_recipe_base(recipe.base, run)
     set_seed(recipe.seed)
     return get_peft_model(model, moka_config(adapter)), tokenizer
 
 
-def saved_adapter(recipe: Recipe, folder: Path) -> tuple[PeftModel, Any]:
+def saved_adapter(recipe: Recipe, folder: Path, run: RunFolder) -> tuple[PeftModel, Any]:
     """The base with a saved adapter, ready to be trained on, and the tokenizer."""
-    model, tokenizer = load_recipe_base(recipe.base)
+    model, tokenizer = load_recipe_base(recipe.base, run)
     set_seed(recipe.seed)
     return PeftModel.from_pretrained(model, str(folder), is_trainable=True), tokenizer
 
@@ -107,6 +109,7 @@ def train(
         )
     model.save_pretrained(str(folder / ADAPTER))
     tokenizer.save_pretrained(str(folder / ADAPTER))
+    save_plan(run.path, folder / ADAPTER)
     trained, total = model.get_nb_trainable_parameters()
     found = {name: fact() for name, fact in facts.items()}
     run.finish(stage, steps=trainer.state.global_step, trainable_parameters=trained, parameters=total, **found)

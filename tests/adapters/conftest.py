@@ -43,7 +43,7 @@ def character_tokenizer():
     )
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def tiny_llama():
     """A function that builds the random Llama, with changes to its config."""
     return build_llama
