@@ -122,8 +122,10 @@ class _Planner:
     def sft(self, stage: Sft) -> StagePlan:
         trainer = stage.trainer
         longest = value_of(trainer, "max_length") or context_of(self.recipe.base) or 0
-        lengths = None if isinstance(stage.data, str) or self.tokenizer is None else list(self._lengths(stage.data))
-        rows = self.picked if lengths is None else len(lengths)
+        lengths = None
+        if not isinstance(stage.data, str) and self.tokenizer and not any(map(needs.out_of_reach, stage.data)):
+            lengths = list(self._lengths(stage.data))
+        rows = len(lengths) if lengths is not None else self.picked if isinstance(stage.data, str) else None
         known = [min(length, longest) for length in lengths or () if length is not None]
         batch = value_of(trainer, "per_device_train_batch_size") * value_of(trainer, "gradient_accumulation_steps")
         steps = _steps(trainer, rows, batch)

@@ -81,7 +81,8 @@ def rendered_rows(recipe: Recipe) -> Iterator[Rendered]:
 def first_rows(recipe: Recipe, stage: Sft) -> Iterator[Row]:
     """The first row of each source of the stage, or of the pool that the select stage picks its rows from."""
     sources: Any = recipe.stage("select").raw if isinstance(stage.data, str) else stage.data
-    return (row for source in sources for row in islice(source_rows(source, "data"), 1))
+    near = (source for source in sources if not needs.out_of_reach(source))
+    return (row for source in near for row in islice(source_rows(source, "data"), 1))
 
 
 def sft_row(row: Row, stage: Sft, tokenizer: Any) -> Rendered:
