@@ -105,16 +105,29 @@ class Widths:
         return cls(text.hidden_size, heads * size, keys * size, inner, heads, text.num_hidden_layers, text.vocab_size)
 
 
-def weight_bytes(model: Any, quantization: str | None) -> int:
+def weight_bytes(model: Any, quantization: str | None, avg_bits: float | None = None) -> int:
     """Of a model without adapter; it may be on the meta device. The output layer stays in 16 bits, as transformers
-    leaves it."""
+    leaves it.
+
+    avg_bits: of a weight, where layers have different precision.
+    """
     output, total = model.get_output_embeddings(), 0
     for module in model.modules():
-        if quantization is not None and isinstance(module, torch.nn.Linear | Conv1D) and module is not output:
+        if isinstance(module, torch.nn.Linear | Conv1D) and module is not output:
             weight = module.weight
-            packed = weight.numel() + SINGLE * weight.shape[0] if quantization == "int8" else FOUR_BITS * weight.numel()
+            if avg_bits is not None:
+                packed = avg_bits / 8 * weight.numel()
+            elif quantization == "int8":
+                packed = weight.numel() + SINGLE * weight.shape[0]
+            else:
+                packed = (FOUR_BITS if quantization else HALF) * weight.numel()
             total += packed - HALF * weight.numel()
     return ceil(total) + HALF * sum(p.numel() for p in model.parameters())
+
+
+def base_bytes(model: Any, base: BaseModelSection) -> int:
+    """`weight_bytes` of a recipe's base."""
+    return weight_bytes(model, base.quantization, base.precision.avg_bits if base.precision else None)
 
 
 def adapter_bytes(trainable: int, optim: str = "adamw_torch_fused") -> tuple[int, int, int]:
@@ -263,7 +276,7 @@ def sft_memory(model: Any, base: BaseModelSection, stage: Sft, targets: Targets,
         dropout=stage.adapter.dropout > 0,
     )
     adapter = adapter_bytes(targets.trainable, value_of(trainer, "optim"))
-    return Memory(weight_bytes(model, base.quantization), *adapter, activations, logits)
+    return Memory(base_bytes(model, base), *adapter, activations, logits)
 
 
 def rl_memory(model: Any, base: BaseModelSection, stage: Rl, targets: Targets, prompt: int, triton: bool) -> Memory:
@@ -296,7 +309,7 @@ def rl_memory(model: Any, base: BaseModelSection, stage: Rl, targets: Targets, p
         shared_prompts=ceil(completions / group) if stage.share_prompts else None,
     )
     adapter = adapter_bytes(targets.trainable, value_of(trainer, "optim"))
-    return Memory(weight_bytes(model, base.quantization), *adapter, activations, logits, rollouts)
+    return Memory(base_bytes(model, base), *adapter, activations, logits, rollouts)
 
 
 def generated_at_once(stage: Rl) -> int:
@@ -310,7 +323,7 @@ def generated_at_once(stage: Rl) -> int:
 
 def dense_numbers(model: Any, base: BaseModelSection, targets: Targets) -> int:
     """Weights that are quantised or adapted."""
-    if base.quantization is None:
+    if base.quantization is None and base.precision is None:
         return sum(n_out * n_in for n_out, n_in in targets.modules.values())
     output = model.get_output_embeddings()
     linear = (m for m in model.modules() if isinstance(m, torch.nn.Linear | Conv1D) and m is not output)

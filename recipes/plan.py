@@ -17,13 +17,13 @@ from .data_faults import Seen, source_faults
 from .memory import (
     Memory,
     adapter_bytes,
+    base_bytes,
     dense_numbers,
     generated_at_once,
     readable,
     rl_memory,
     rollout_bytes,
     sft_memory,
-    weight_bytes,
 )
 from .probe import Probe, Prober, at_hand
 from .rendered import load_tokenizer, longest_prompt
@@ -189,7 +189,7 @@ class _Planner:
             base = self.recipe.base
             dense = dense_numbers(self.model, base, self.targets) if base.dense_generation else 0
             rollouts = rollout_bytes(self.model.config, size, prompt, stage.max_new_tokens, dense=dense)
-            weights = weight_bytes(self.model, base.quantization)
+            weights = base_bytes(self.model, base)
             memory = Memory(weights, adapter_bytes(self.targets.trainable)[0], 0, 0, 0, 0, rollouts)
             if self.probe:
                 prefill, step = self.prober.generating(size, prompt)

@@ -32,8 +32,10 @@ class Probe:
 
 
 def at_hand(recipe: Recipe) -> bool:
-    """Whether the model's weights are on this machine."""
-    return any(Path(resolve_model(recipe.base.model, recipe.base.revision)).glob("*.safetensors"))
+    """Whether the model's weights are on this machine. A base of mixed precision is not: a run makes its bit plan."""
+    return recipe.base.precision is None and any(
+        Path(resolve_model(recipe.base.model, recipe.base.revision)).glob("*.safetensors")
+    )
 
 
 class Prober:
@@ -44,7 +46,7 @@ class Prober:
 
     def load(self) -> Any:
         if self.model is None:
-            self.model, _ = new_adapter(self.recipe, self.adapter)
+            self.model, _ = new_adapter(self.recipe, self.adapter, Path())
         return self.model
 
     def training(self, trainer: Any, lines: int, length: int) -> float:

@@ -67,9 +67,9 @@ def run_rl(recipe: Recipe, stage: Rl, run: RunFolder, control: str | None = None
     folder, last = begin(run, name)
     task = None if stage.task is None else make_task(stage.task)
     if stage.adapter is None:
-        model, tokenizer = saved_adapter(recipe, run.path / "sft" / ADAPTER, run)
+        model, tokenizer = saved_adapter(recipe, run.path / "sft" / ADAPTER, run.path)
     else:
-        model, tokenizer = new_adapter(recipe, stage.adapter, run)
+        model, tokenizer = new_adapter(recipe, stage.adapter, run.path)
     dataset = training_rows(stage, recipe.seed)
     run.add_data(name, rows=len(dataset), sha256=_fingerprint(dataset, task))
     own_task = stage.task is not None and is_own(stage.task.name)

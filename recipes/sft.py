@@ -22,7 +22,7 @@ def run_sft(recipe: Recipe, stage: Sft, run: RunFolder, control: str | None = No
     folder, last = begin(run, name)
     checkpoints = Checkpoints(run.key(name), last, given(stage.trainer))
     rows = _rows(stage, run, control)
-    model, tokenizer = new_adapter(recipe, stage.adapter, run)
+    model, tokenizer = new_adapter(recipe, stage.adapter, run.path)
     dataset = Dataset.from_list([tokenize(row, tokenizer) for row in rows])
     with exact_parameters(model):
         trainer: Any = SFTTrainer(

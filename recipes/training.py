@@ -20,25 +20,26 @@ from .trainer_args import given
 ADAPTER = "adapter"
 
 
-def load_recipe_base(base: BaseModelSection, run: RunFolder) -> tuple[Any, Any]:
+def load_recipe_base(base: BaseModelSection, run: Path) -> tuple[Any, Any]:
+    """The base and its tokenizer. run: the run folder, where the bit plan of a base of mixed precision is kept."""
     return load_base(
         base.model,
         base.quantization,
         attn_implementation=base.attn_implementation,
         revision=base.revision,
         trust_remote_code=base.trust_remote_code,
-        precision=recipe_plan(base, run.path),
+        precision=recipe_plan(base, run),
     )
 
 
-def new_adapter(recipe: Recipe, adapter: Adapter, run: RunFolder) -> tuple[PeftModel, Any]:
+def new_adapter(recipe: Recipe, adapter: Adapter, run: Path) -> tuple[PeftModel, Any]:
     """The base with a fresh adapter, and the tokenizer."""
     model, tokenizer = load_recipe_base(recipe.base, run)
     set_seed(recipe.seed)
     return get_peft_model(model, moka_config(adapter)), tokenizer
 
 
-def saved_adapter(recipe: Recipe, folder: Path, run: RunFolder) -> tuple[PeftModel, Any]:
+def saved_adapter(recipe: Recipe, folder: Path, run: Path) -> tuple[PeftModel, Any]:
     """The base with a saved adapter, ready to be trained on, and the tokenizer."""
     model, tokenizer = load_recipe_base(recipe.base, run)
     set_seed(recipe.seed)

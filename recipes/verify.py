@@ -34,7 +34,7 @@ def run_verify(recipe: Recipe, stage: Verify, run: RunFolder, adapters: list[str
     task = make_task(settings)
     instances = task.instances(stage.instances, settings.n, stage.seed, "test", settings.discriminating)
     run.add_data("verify", rows=len(instances), sha256=fingerprint({"instance": task.to_json(i)} for i in instances))
-    base = cache(lambda: load_recipe_base(recipe.base, run))
+    base = cache(lambda: load_recipe_base(recipe.base, run.path))
 
     names = ["base", *adapters]
     last = [name for name in names if "-" not in name][-1]  # no control

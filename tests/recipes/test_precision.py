@@ -11,7 +11,7 @@ from krontune.recipes import precision, training
 from krontune.recipes.faults import RecipeError
 from krontune.recipes.figures import storage
 from krontune.recipes.loader import load
-from krontune.recipes.run_folder import RunFolder, recipe_text
+from krontune.recipes.run_folder import recipe_text
 from krontune.recipes.schema import BaseModelSection
 
 MIXED = "base.precision={scorer: lim, levels: [16, 8, 4], avg_bits: 5.0}"
@@ -184,7 +184,7 @@ stages:
     assert plan.model == str(tiny) and plan.counts() == {8: 1, 4: 3}
     for place in (folder / "sft" / "adapter", folder / "rl" / "adapter", done.adapter):
         assert BitPlan.load(place) == replace(plan, model="tiny")  # and not where it lies on this machine
-    one = training.load_recipe_base(load(small).base, RunFolder(folder, load(small)))[0]
+    one = training.load_recipe_base(load(small).base, folder)[0]
     other = load_base(tiny, precision=done.adapter)[0]
     tokens = torch.arange(3, 20)[None]
     with torch.no_grad():
