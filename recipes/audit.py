@@ -21,8 +21,9 @@ from .reward_trial import ROWS, right_forms
 from .rewards import make_reward
 from .rl import make_task, training_rows
 from .rows import Row, source_rows
-from .schema import Recipe, Rl
+from .schema import AdaptInfSelect, Recipe, Rl, Select, Source
 from .select import SELECTED
+from .select_adapt_inf import pool_sources
 
 FILE_WIDTH = 120
 
@@ -111,7 +112,7 @@ def training_texts(recipe: Recipe, run: Path | None = None) -> Iterator[str]:
     sources = () if sft is None or isinstance(sft.data, str) else sft.data
     if sft is not None and isinstance(sft.data, str) and select is not None:
         picked = None if run is None else run / "select" / SELECTED
-        sources = [str(picked)] if picked is not None and picked.is_file() else select.raw
+        sources = [str(picked)] if picked is not None and picked.is_file() else _pool(select)
     for source in sources:
         yield from (row_text(row, "data") for row in source_rows(source, "data"))
     if rl is not None and rl.task is not None:
@@ -122,6 +123,10 @@ def training_texts(recipe: Recipe, run: Path | None = None) -> Iterator[str]:
         for row in read_prompts(rl.data or (), rl.instruction):
             prompt = row["prompt"]
             yield prompt if isinstance(prompt, str) else row_text({"messages": prompt}, "data")
+
+
+def _pool(select: Select | AdaptInfSelect) -> list[Source]:
+    return pool_sources(select) if isinstance(select, AdaptInfSelect) else select.raw
 
 
 def write_audit(results: Sequence[CheckResult], recipe: Recipe, out: Path) -> str:

@@ -12,8 +12,9 @@ from .faults import RecipeError
 from .preflight import check
 from .rl import run_rl
 from .run_folder import RunError, RunFolder
-from .schema import Recipe, Rl, Sft
+from .schema import AdaptInfSelect, Recipe, Rl, Select, Sft
 from .select import run_select
+from .select_adapt_inf import run_adapt_inf
 from .sft import run_sft
 from .training import ADAPTER
 from .verify import run_verify
@@ -69,7 +70,9 @@ def _steps(recipe: Recipe, folder: RunFolder) -> Iterator[tuple[str, Callable[[]
     """Each piece of work that is done or not: a stage, or a control of one."""
     adapters: list[str] = []
     for stage in recipe.stages:
-        if stage.stage == "select":
+        if isinstance(stage, AdaptInfSelect):
+            yield "select", lambda s=stage: run_adapt_inf(recipe, s, folder)
+        elif isinstance(stage, Select):
             yield "select", lambda s=stage: run_select(recipe, s, folder)
         elif isinstance(stage, Sft):
             for control in [None, *stage.controls]:

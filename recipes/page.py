@@ -16,6 +16,7 @@ from .card import masked
 from .figures import ASKS, COLUMNS, cells, check_name, heuristic_name, model_name, number
 from .run_report import RunFiles
 from .select import SELECTED
+from .selection_pictures import selection_pictures
 
 STYLE = """
 :root { --ink: #1c2430; --soft: #5b6675; --line: #d5dbe3; --pass: #1a7f37; --warn: #9a6700; --fail: #c0322b }
@@ -49,6 +50,7 @@ pre { white-space: pre-wrap; overflow-wrap: anywhere; font: .85rem/1.4 ui-monosp
 """
 CREDIT = "credit.svg"  # what the verify stage calls its picture
 SHOWN = 300  # characters of a selected text
+CLUSTERS_SHOWN = 12
 PHASES = {"before": "Before training", "during": "During training", "after": "After training"}
 
 
@@ -216,11 +218,17 @@ def _selection(run: RunFiles) -> Iterator[str]:
         kl = select["kl_reduction"]
         rows.append(["nearer to the target by (nats)", "", f"{kl['selected']:.2f}", f"{kl['control']:.2f}"])
     yield _table(["source", "pool", "selected", "random control"], rows)
+    drawn = selection_pictures(run.path / "select")
+    if drawn:
+        yield "<h3>Clusters and scores</h3>"
+        yield "<p>The two directions in which the pool's gradients differ most; each cluster's selector is the score "
+        yield "that tells its rows apart best.</p>"
+        yield _figures([f"<figure>{picture}</figure>" for picture in drawn])
     yield from _picked_texts(run)
 
 
 def _picked_texts(run: RunFiles) -> Iterator[str]:
-    """The best and the last of what was picked, each with its reason."""
+    """Some of what was picked, each with its reason: by weight the best and the last, else one of each cluster."""
     folder = run.path / "select"
     try:
         picked = Selection.load(folder / "selection")
@@ -229,10 +237,15 @@ def _picked_texts(run: RunFiles) -> Iterator[str]:
         return
     scored = [i for i, reason in enumerate(picked.reasons) if isinstance(reason.get("log_weight"), float)]
     order = sorted(scored, key=lambda i: -picked.reasons[i]["log_weight"])
-    if not order or len(texts) != len(picked):
+    of_cluster = {str(reason["cluster"]): i for i, reason in enumerate(picked.reasons) if "cluster" in reason}
+    if not (order or of_cluster) or len(texts) != len(picked):
         return
-    yield "<h3>Why these</h3><p>The two highest weights among the picks, the middle and the lowest.</p>"
-    for place in dict.fromkeys([*order[:2], order[len(order) // 2], order[-1]]):
+    places = [*order[:2], order[len(order) // 2], order[-1]] if order else list(of_cluster.values())[:CLUSTERS_SHOWN]
+    what = (
+        "The two highest weights among the picks, the middle and the lowest." if order else "One pick of each cluster."
+    )
+    yield f"<h3>Why these</h3><p>{what}</p>"
+    for place in dict.fromkeys(places):
         reason = "; ".join(f"{key.replace('_', ' ')} {_plain(value)}" for key, value in picked.reasons[place].items())
         text = _row_text(json.loads(texts[place]))
         shown = text if len(text) <= SHOWN else text[:SHOWN] + " ..."

@@ -12,6 +12,7 @@ from typing import Any
 from ..adapters.base import resolve_model
 from ..adapters.embedded import NAME
 from ..rl import CertificateTask, Guarded, RlError, TokenCredit
+from .adapt_inf_faults import adapt_inf_faults
 from .data_faults import Found, select_faults, source_faults, tried
 from .faults import Fault
 from .needs import HUB_TIMEOUT_S, out_of_reach
@@ -20,7 +21,7 @@ from .reward_trial import NOT_JUDGED, ROWS, faults_of_reward, right_forms, rows_
 from .rewards import make_reward
 from .rl import make_credit, make_risk, make_task, training_rows
 from .rows import Row
-from .schema import Adapter, Recipe, Rl
+from .schema import Adapter, AdaptInfSelect, Recipe, Rl
 from .trainer_args import given
 from .training import moka_config, trainer_arguments
 from .verify_checks import wanted
@@ -46,6 +47,7 @@ def check(recipe: Recipe) -> list[Fault]:
     faults = [*_model_faults(recipe), *_attention_faults(recipe)]
     for number, stage in enumerate(recipe.stages):
         finder = {"select": select_faults, "sft": _sft_faults, "rl": _rl_faults, "verify": _verify_faults}[stage.stage]
+        finder = adapt_inf_faults if isinstance(stage, AdaptInfSelect) else finder
         faults += [Fault(recipe.where(("stages", number, *path)), message) for path, message in finder(recipe, stage)]
     return faults
 
@@ -92,7 +94,7 @@ def _attention_faults(recipe: Recipe) -> Iterator[Fault]:
 
 
 def _sft_faults(recipe: Recipe, stage: Any) -> Found:
-    yield from _adapter_faults(stage.adapter)
+    yield from adapter_faults(stage.adapter)
     if not isinstance(stage.data, str):
         yield from source_faults(("data",), stage.data)
     yield from _trainer_faults(recipe, stage, "SFTConfig")
@@ -100,7 +102,7 @@ def _sft_faults(recipe: Recipe, stage: Any) -> Found:
 
 def _rl_faults(recipe: Recipe, stage: Rl) -> Found:
     if stage.adapter is not None:
-        yield from _adapter_faults(stage.adapter)
+        yield from adapter_faults(stage.adapter)
     yield from tried(("credit",), lambda: make_credit(stage))
     yield from tried(("risk",), lambda: make_risk(stage))
     yield from _conflicts(stage)
@@ -232,7 +234,7 @@ def _verify_faults(recipe: Recipe, stage: Any) -> Found:
             yield ("checks", number), f"the check {name!r} is asked for twice; leave one out"
 
 
-def _adapter_faults(adapter: Adapter) -> Found:
+def adapter_faults(adapter: Adapter) -> Found:
     yield from tried(("adapter",), lambda: moka_config(adapter))
     for key in ("target_modules", "exclude_modules"):
         value = getattr(adapter, key)

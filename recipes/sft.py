@@ -15,7 +15,7 @@ from .training import exact_parameters, new_adapter, train, trainer_arguments
 
 
 def run_sft(recipe: Recipe, stage: Sft, run: RunFolder, control: str | None = None) -> None:
-    """Train on the stage's data, or, as `control` "random", on an equally large random pick, otherwise alike."""
+    """Train on the stage's data, or on that of a `control` of equal size, otherwise alike."""
     name = f"sft-{control}" if control else "sft"
     folder = run.begin(name)
     rows = _rows(stage, run, control)
@@ -48,5 +48,5 @@ def _say_what_is_cut(name: str, rows: int, trainer: Any) -> None:
 
 def _rows(stage: Sft, run: RunFolder, control: str | None) -> list[Row]:
     if isinstance(stage.data, str):
-        return selected_rows(run, control=control == "random")
+        return selected_rows(run, control)
     return read_sources(stage.data, "data")
