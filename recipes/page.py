@@ -67,6 +67,7 @@ def run_page(run: RunFiles) -> str:
             *_models(run),
             *_training(run),
             *_selection(run),
+            *_sequence(run),
             *_checks(run),
             *_credit(run),
             *_record(run),
@@ -227,6 +228,37 @@ def _selection(run: RunFiles) -> Iterator[str]:
     yield from _picked_texts(run)
 
 
+def _sequence(run: RunFiles) -> Iterator[str]:
+    """What was learned and forgotten over a sequence of datasets, by Adapt-inf and by its controls."""
+    runs = {name: stage["lifelong"] for name, stage in run.stages.items() if "lifelong" in stage}
+    if not runs:
+        return
+    yield "<h2>Over the datasets</h2>"
+    yield "<p>All trained for as many steps. probability: of an answer token, the geometric mean; accuracy: answers "
+    yield "given word for word. Gain: in per cent of the model before training. Forgotten: lost since each skill's "
+    yield "best, in per cent.</p>"
+    body = []
+    for name, one in runs.items():
+        for measure, found in one["measures"].items():
+            numbers = [found[key] for key in ("final", "relative_gain", "forgetting")]
+            body.append([f"{_policy(name)}, {measure}", *("" if n is None else f"{n:.3g}" for n in numbers)])
+    yield _table(["", "mean at the end", "relative gain", "forgotten"], body)
+    for measure in next(iter(runs.values()))["measures"]:
+        skills = next(iter(runs.values()))["skills"]
+        figures = []
+        for place, skill in enumerate(skills):
+            series = {
+                _policy(name): [(t, row[place]) for t, row in enumerate(one["measures"][measure]["matrix"])]
+                for name, one in runs.items()
+            }
+            figures.append(f"<figure>{lines(f'{measure}: {skill}', series, 'datasets learned')}</figure>")
+        yield _figures(figures)
+
+
+def _policy(stage: str) -> str:
+    return stage.partition("-")[2] or "adapt_inf"
+
+
 def _picked_texts(run: RunFiles) -> Iterator[str]:
     """Some of what was picked, each with its reason: by weight the best and the last, else one of each cluster."""
     folder = run.path / "select"
@@ -244,7 +276,7 @@ def _picked_texts(run: RunFiles) -> Iterator[str]:
     what = (
         "The two highest weights among the picks, the middle and the lowest." if order else "One pick of each cluster."
     )
-    yield f"<h3>Why these</h3><p>{what}</p>"
+    yield f"<h3>Why these</h3><p>{what}.</p>"
     for place in dict.fromkeys(places):
         reason = "; ".join(f"{key.replace('_', ' ')} {_plain(value)}" for key, value in picked.reasons[place].items())
         text = _row_text(json.loads(texts[place]))

@@ -276,7 +276,7 @@ class AdaptInfSelect(Section):
     """Instead of raw: a sequence. Each joins the pool, k rows are picked, the sft stage trains on them, and the pool is
     pruned."""
     k: Annotated[int | float, AfterValidator(_size)]
-    """How many rows to pick, or which share of the pool; of datasets at each step."""
+    """How many rows to pick, or which share of the pool; over datasets at each step, and a share of the largest."""
     keep: int | None = Field(default=None, ge=1)
     """Rows that stay in the pool after each of the datasets; null keeps all."""
     held_out: int = Field(default=64, ge=1)

@@ -6,6 +6,7 @@ from typing import Any
 from datasets import Dataset
 from trl import SFTConfig, SFTTrainer
 
+from .lifelong import is_sequence, run_lifelong
 from .progress import Report
 from .rows import Row, fingerprint, read_sources, tokenize
 from .run_folder import RunError, RunFolder
@@ -16,6 +17,8 @@ from .training import exact_parameters, new_adapter, train, trainer_arguments
 
 def run_sft(recipe: Recipe, stage: Sft, run: RunFolder, control: str | None = None) -> None:
     """Train on the stage's data, or on that of a `control` of equal size, otherwise alike."""
+    if is_sequence(recipe, stage):
+        return run_lifelong(recipe, stage, run, control)
     name = f"sft-{control}" if control else "sft"
     folder = run.begin(name)
     rows = _rows(stage, run, control)

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from krontune.data_selection import AdaptInf, Selection, Store
+from krontune.recipes import lifelong as lifelong_stage
 from krontune.recipes import select_adapt_inf
 from krontune.recipes.chain import run as run_recipe
 from krontune.recipes.compare import publish
@@ -184,3 +185,71 @@ def test_faults_that_a_check_finds(data, keys, said):
 def test_controls_of_datasets_are_refused_elsewhere(data):
     with pytest.raises(RecipeError, match="'full' needs a select stage over datasets"):
         recipe_of(data, BASE, "  - {stage: sft, controls: [full]}\n")
+
+
+SEQUENCE = "method: adapt_inf; k: 8; clusters: 2; keep: 12; held_out: 5; warm_up: {steps: 2, batch_size: 4}"
+SETS = "datasets: [{name: sums, raw: sums.jsonl}, {name: words, raw: words.jsonl, test: tests.jsonl}]"
+TRAINED = "  - stage: sft\n    adapter: {r: 4}\n    trainer: {num_train_epochs: 1, per_device_train_batch_size: 4"
+
+
+def sequence(data, controls=""):
+    pool = rows_of(data / "pool.jsonl")
+    write_rows(data / "sums.jsonl", pool[::2])
+    write_rows(data / "words.jsonl", pool[1:30:2])
+    write_rows(data / "tests.jsonl", pool[31::2])
+    rest = TRAINED + ", learning_rate: 1e-2, max_length: 64, logging_steps: 1}\n" + controls
+    return recipe_of(data, f"{SEQUENCE}; {SETS}", rest)
+
+
+@pytest.mark.slow
+def test_a_sequence_is_learned_step_by_step_and_goes_on_where_it_was_cut(data, monkeypatch):
+    recipe = sequence(data)
+    assert check(recipe) == []
+    whole = run_recipe(recipe, data / "whole", say=lambda line: None)
+    facts = whole.record["stages"]["sft"]
+    assert whole.record["stages"]["select"]["datasets"] == {
+        "sums": {"rows": 15, "test": 5},
+        "words": {"rows": 15, "test": 5},
+    }
+    assert facts["lifelong"]["pool"] == [15, 27] and facts["steps"] == 4, "8 rows in batches of 4, twice"
+    matrix = facts["lifelong"]["measures"]["probability"]["matrix"]
+    assert len(matrix) == 3 and matrix[1][0] > matrix[0][0], "sums were practised first"
+    steps = [line["step"] for line in map(json.loads, (whole.path / "metrics.jsonl").read_text().splitlines())
+             if line["stage"] == "sft" and "loss" in line]  # fmt: skip
+    assert steps == [1, 2, 3, 4]
+
+    train, calls = lifelong_stage.AdapterLearner.train, []
+
+    def cut(self, rows, count, folder):
+        calls.append(count)
+        train(self, rows, count, folder)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(lifelong_stage.AdapterLearner, "train", cut)
+    with pytest.raises(KeyboardInterrupt):
+        run_recipe(recipe, data / "cut", say=lambda line: None)
+    again = run_recipe(recipe, data / "cut", say=lambda line: None)
+    assert calls == [8, 8, 8], "the first dataset is not trained on again"
+    for name in ("adapter/adapter_model.safetensors", "sft/lifelong/step-01/step.json"):
+        assert (again.path / name).read_bytes() == (whole.path / name).read_bytes(), name
+    page = publish(again.path).read_text()
+    assert 'aria-label="probability: sums"' in page and 'aria-label="accuracy: words"' in page
+
+
+@pytest.mark.slow
+def test_controls_over_a_sequence_begin_alike_and_train_for_as_many_steps(data):
+    run = run_recipe(sequence(data, "    controls: [sequential, full]\n"), data / "run", say=lambda line: None)
+    found = {name: run.record["stages"][name] for name in ("sft", "sft-sequential", "sft-full")}
+    assert {one["steps"] for one in found.values()} == {4}
+    starts = [one["lifelong"]["performance"][0] for one in found.values()]
+    assert starts[0] == starts[1] == starts[2]
+    assert found["sft-sequential"]["lifelong"]["picked"] == [{"sums": 8}, {"words": 8}]
+    assert found["sft-full"]["lifelong"]["picked"] == [{"sums": 15}, {"sums": 15, "words": 15}]
+
+
+def test_too_few_rows_to_hold_some_back_are_found_by_a_check(data):
+    sequence(data)
+    recipe = recipe_of(data, f"{SEQUENCE.replace('held_out: 5', 'held_out: 20')}; {SETS}", TRAINED + "}\n")
+    [fault] = [fault for fault in check(recipe) if "held out" in fault.message]
+    assert fault.message.startswith("'sums' has 20 rows, and 20 are held out")
