@@ -93,8 +93,9 @@ class Lifelong:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values: the fields, and of each measure the matrix and the summary."""
+        fields = {name: list(value) if isinstance(value, tuple) else value for name, value in vars(self).items()}
         return {
-            **dataclasses.asdict(self),
+            **fields,
             "measures": {name: {"matrix": self.matrix(name).tolist(), **self.summary(name)} for name in self.measures},
         }
 

@@ -60,7 +60,7 @@ def run_lifelong(recipe: Recipe, stage: Sft, run: RunFolder, control: str | None
     shutil.copytree(folder / STEPS / f"step-{len(data) - 1:02d}" / MODEL, folder / ADAPTER)
     trained, total = learner.model.get_nb_trainable_parameters()
     facts = {"budget": budget, "keep": select.keep, "lifelong": found.to_dict()}
-    steps = sum(learner.steps(sum(counts.values())) for counts in found.picked)
+    steps = sum(learner.steps(min(budget, sum(counts.values()))) for counts in found.picked)
     run.finish(name, steps=steps, trainable_parameters=trained, parameters=total, **facts)
 
 

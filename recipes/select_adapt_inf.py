@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
+from transformers import PrinterCallback
 from trl import SFTConfig, SFTTrainer
 
 from ..data_selection import AdaptInf, Selection, score_samples
@@ -174,6 +175,7 @@ def warm_up(recipe: Recipe, stage: AdaptInfSelect, rows: Sequence[Row], out: Pat
             processing_class=tokenizer,
             callbacks=[Report("select", run, shown=("loss",))],
         )
+    trainer.remove_callback(PrinterCallback)
     trainer.train()
     if not all(torch.isfinite(p).all() for p in model.parameters() if p.requires_grad):
         raise RunError("select: the adapter is not finite after the warm-up; lower warm_up.learning_rate")
