@@ -87,7 +87,7 @@ def warm_up(folder: Path, rows: list[dict], seed: int) -> None:
     torch.manual_seed(seed)
     model = get_peft_model(base, MokaConfig(r=8, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"))
     order = random.Random(seed)
-    fit(model, words, order.sample(rows, 5 * BATCH), order)
+    fit(model, words, order.sample(rows, min(len(rows), 5 * BATCH)), order)
     model.save_pretrained(folder)
 
 
