@@ -1,11 +1,12 @@
 """The sft stage over a sequence of datasets: pick, train, prune, dataset after dataset (`data_selection.lifelong`).
 
 The folder of the stage, and that of each of its controls, holds `lifelong/` with one folder a step, with which a stage
-that was cut goes on, and the adapter of the last step.
+that was cut goes on unless data, trainer or start have changed, and the adapter of the last step.
 """
 
 import copy
 import hashlib
+import json
 import math
 import shutil
 from collections.abc import Mapping, Sequence
@@ -20,10 +21,12 @@ from trl import SFTConfig, SFTTrainer
 from ..data_selection import Store, score_samples
 from ..data_selection.lifelong import MODEL, lifelong
 from ..data_selection.performance import answer_performance
+from ..data_selection.selection import write_atomic
 from .progress import Report
 from .rows import Row, fingerprint, tokenize
 from .run_folder import RunError, RunFolder
 from .schema import AdaptInfSelect, Recipe, Sft
+from .select import INPUTS, read_if_there
 from .select_adapt_inf import adapt_inf, budget_of, prepared, scoring_settings, start_adapter
 from .trainer_args import given
 from .training import ADAPTER, exact_parameters, saved_adapter, trainer_arguments
@@ -41,9 +44,13 @@ def run_lifelong(recipe: Recipe, stage: Sft, run: RunFolder, control: str | None
     """Learn the datasets of the select stage in sequence, by Adapt-inf's picks or by those of a control."""
     select: AdaptInfSelect = recipe.stage("select")
     name = f"sft-{control}" if control else "sft"
-    folder = run.begin(name, (STEPS,))
     data, tests = prepared(select, run)
     start = start_adapter(select, run)
+    key = _key(stage, tests, start)
+    inputs = json.dumps({**key, "data": {skill: fingerprint(rows) for skill, rows in data.items()}}, indent=1)
+    same = read_if_there(run.path / name / INPUTS) == inputs
+    folder = run.begin(name, (INPUTS, STEPS) if same else ())
+    write_atomic(folder / INPUTS, inputs.encode())
     learner = AdapterLearner(recipe, select, stage, run, name, tests, start)
     budget = budget_of(select, max(len(rows) for rows in data.values()))
     found = lifelong(
@@ -55,7 +62,7 @@ def run_lifelong(recipe: Recipe, stage: Sft, run: RunFolder, control: str | None
         method=adapt_inf(select),
         seed=recipe.seed,
         out_dir=folder / STEPS,
-        key=_key(stage, tests, start),
+        key=key,
     )
     shutil.copytree(folder / STEPS / f"step-{len(data) - 1:02d}" / MODEL, folder / ADAPTER)
     trained, total = learner.model.get_nb_trainable_parameters()

@@ -233,6 +233,11 @@ def test_a_sequence_is_learned_step_by_step_and_goes_on_where_it_was_cut(data, m
     assert calls == [8, 8, 8], "the first dataset is not trained on again"
     for name in ("adapter/adapter_model.safetensors", "sft/lifelong/step-01/step.json"):
         assert (again.path / name).read_bytes() == (whole.path / name).read_bytes(), name
+    write_rows(data / "words.jsonl", rows_of(data / "words.jsonl")[:12])
+    for stage in ("select", "sft"):
+        (data / "cut" / stage / "done").unlink()
+    changed = run_recipe(recipe, data / "cut", say=lambda line: None)
+    assert changed.record["stages"]["sft"]["lifelong"]["pool"] == [15, 24], "steps on other data are thrown away"
     page = publish(again.path).read_text()
     assert 'aria-label="probability: sums"' in page and 'aria-label="accuracy: words"' in page
 
