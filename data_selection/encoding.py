@@ -80,6 +80,21 @@ def encode(tokenizer: Any, row: Any, where: str, max_length: int | None = None) 
     return Encoded(encoded.input_ids[:max_length], encoded.labels[:max_length])
 
 
+def prompt_tokens(tokenizer: Any, row: Any, where: str) -> list[int]:
+    """The tokens of a row's `prompt`, a string or a list of messages, up to where its answer begins.
+
+    Raises:
+        DataSelectionError: the row has no prompt, or the chat template cannot render it.
+    """
+    prompt = row.get("prompt") if isinstance(row, Mapping) else None
+    words = getattr(tokenizer, "tokenizer", tokenizer)
+    if isinstance(prompt, str) and prompt:
+        return words(prompt)["input_ids"]
+    if isinstance(prompt, (list, tuple)) and prompt:
+        return words(_rendered(tokenizer, list(prompt), True, where), add_special_tokens=False)["input_ids"]
+    raise DataSelectionError(f"{where}: {row!r:.80} has no 'prompt', a text or a list of messages, to answer")
+
+
 def without_images(row: Encoded, image_tokens: Sequence[int]) -> Encoded:
     """The row as a model without eyes reads it: the tokens that stand for images are removed, not blanked."""
     kept = ~torch.isin(row.input_ids, torch.tensor(list(image_tokens), dtype=torch.int64))

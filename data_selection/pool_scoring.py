@@ -78,11 +78,11 @@ def score_samples(
         checked_int(projection, "projection", 1, 2**31, "1024 keeps cosines to about 0.03; None keeps whole gradients")
     if max_length is not None:
         checked_int(max_length, "max_length", 2, 2**40, "None reads all tokens")
-    part_of_rows = _part(part)
-    rows = _rows(dataset)
+    part_of_rows = part_of_launch(part)
+    rows = pool_of(dataset)
     plan = None if gradients is None else plan_gradients(model, gradients)
     width = 0 if plan is None else plan.size if projection is None else projection
-    used = {*_active(model), *(members if isinstance(members, (list, tuple)) else ())}
+    used = {*active_adapters(model), *(members if isinstance(members, (list, tuple)) else ())}
     base, adapter = model_identity(model, sorted(used))
     key = {
         "model": base,
@@ -107,7 +107,7 @@ def score_samples(
             sketch = CountSketch(plan.size, projection, seed, device)
         job = _Job(model, tokenizer, columns, plan, sketch, members, seed, device)
         with scoring_mode(model):
-            for places, batch in _todo(rows, tokenizer, store, batch_size, max_length, part_of_rows):
+            for places, batch in batches_to_do(rows, tokenizer, store, batch_size, max_length, part_of_rows):
                 found, vectors = job.score(places, batch)
                 store.write(places, np.stack([found[name] for name in columns], axis=1), vectors)
     if part is None and torch.distributed.is_available() and torch.distributed.is_initialized():
@@ -217,7 +217,7 @@ def _dropouts_on(model: nn.Module) -> Iterator[None]:
             module.training = False
 
 
-def _todo(
+def batches_to_do(
     rows: Any, tokenizer: Any, store: Store, batch_size: int, max_length: int | None, part: tuple[int, int]
 ) -> Iterator[tuple[list[int], list[Encoded]]]:
     """The batches that are left to do of a part: row numbers and rows."""
@@ -252,7 +252,12 @@ def _cut(order: list[int], shapes: list[Any], size: int) -> Iterator[list[int]]:
         yield batch
 
 
-def _rows(dataset: Any) -> Any:
+def pool_of(dataset: Any) -> Any:
+    """The rows of a dataset, files read.
+
+    Raises:
+        DataSelectionError: it cannot be read twice, or has no rows.
+    """
     paths = file_paths(dataset)
     if paths:
         return [row for path in paths for row, _ in read_rows(path, "dataset")]
@@ -267,13 +272,19 @@ def _rows(dataset: Any) -> Any:
     return dataset
 
 
-def _active(model: Any) -> list[str]:
+def active_adapters(model: Any) -> list[str]:
+    """Names of a model's active adapters; none for a bare model."""
     from peft import PeftModel
 
     return list(model.active_adapters) if isinstance(model, PeftModel) else []
 
 
-def _part(part: tuple[int, int] | None) -> tuple[int, int]:
+def part_of_launch(part: tuple[int, int] | None) -> tuple[int, int]:
+    """The part (i, n) asked for, or this process's of a launch.
+
+    Raises:
+        DataSelectionError: it is no such pair.
+    """
     if part is None:
         return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     if not (len(part) == 2 and 0 <= part[0] < part[1]):

@@ -111,6 +111,18 @@ def answer_places(labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, tor
     return places, labels[:, 1:][places[:, :-1]], places.nonzero()[:, 0]
 
 
+def output_layer(model: Any) -> Any:
+    """The layer from hidden states to logits.
+
+    Raises:
+        DataSelectionError: the model has none.
+    """
+    head = model.get_output_embeddings()
+    if head is None:
+        raise DataSelectionError(f"a {type(model).__name__} has no output layer; give a causal language model")
+    return head
+
+
 @contextmanager
 def head_at(model: Any, places: torch.Tensor) -> Iterator[None]:
     """Within the block the output layer sees only the hidden states at `places` (B, T): logits are (1, A, V).
@@ -120,9 +132,7 @@ def head_at(model: Any, places: torch.Tensor) -> Iterator[None]:
     Raises:
         DataSelectionError: the model has no output layer, or hands it hidden states of another shape.
     """
-    head = model.get_output_embeddings()
-    if head is None:
-        raise DataSelectionError(f"a {type(model).__name__} has no output layer; give a causal language model")
+    head = output_layer(model)
 
     def select(module: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
         if args[0].shape[:2] != places.shape:

@@ -24,6 +24,7 @@ from .rl import make_task, training_rows
 from .rows import Row, source_rows
 from .schema import Recipe, Rl
 from .select import SELECTED
+from .select_adapt_inf import pool_sources
 
 FILE_WIDTH = 120
 
@@ -112,7 +113,7 @@ def training_texts(recipe: Recipe, run: Path | None = None) -> Iterator[str]:
     sources = () if sft is None or isinstance(sft.data, str) else sft.data
     if sft is not None and isinstance(sft.data, str) and select is not None:
         picked = None if run is None else run / "select" / SELECTED
-        sources = [str(picked)] if picked is not None and picked.is_file() else select.raw
+        sources = [str(picked)] if picked is not None and picked.is_file() else pool_sources(select)
     for source in sources:
         yield from (row_text(row, "data") for row in source_rows(source, "data"))
     if rl is not None and rl.task is not None:

@@ -15,8 +15,9 @@ from .masking import hide
 from .preflight import check
 from .rl import run_rl
 from .run_folder import RunError, RunFolder
-from .schema import Recipe, Rl, Select, Sft
+from .schema import AdaptInfSelect, Recipe, Rl, Select, Sft
 from .select import run_select
+from .select_adapt_inf import run_adapt_inf
 from .sft import run_sft
 from .steps import Step, steps
 from .training import ADAPTER
@@ -102,7 +103,9 @@ def _push(recipe: Recipe, path: Path, say: Callable[[str], None]) -> None:
 
 
 def _do(recipe: Recipe, step: Step, folder: RunFolder) -> None:
-    if isinstance(step.stage, Select):
+    if isinstance(step.stage, AdaptInfSelect):
+        run_adapt_inf(recipe, step.stage, folder)
+    elif isinstance(step.stage, Select):
         run_select(recipe, step.stage, folder)
     elif isinstance(step.stage, Sft):
         run_sft(recipe, step.stage, folder, step.control)

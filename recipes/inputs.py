@@ -7,10 +7,12 @@ from typing import Any
 
 from .checkpoints import SAVING
 from .content import Digests, Inputs, key_of
+from .lifelong import is_sequence
 from .masking import masked
 from .own import is_own, source_of
-from .schema import Columns, HubRows, Recipe, Rl, RowSource, Select, Sft, Source
-from .select import CONTROL, SELECTED
+from .schema import AdaptInfSelect, Columns, HubRows, Recipe, Rl, RowSource, Select, Sft, Source
+from .select import BALANCED, CONTROL, SELECTED
+from .select_adapt_inf import DATASETS, WARM_UP, adapter_section, pool_sources
 from .steps import Step
 from .trainer_args import given
 from .training import ADAPTER
@@ -31,6 +33,10 @@ def settings_of(recipe: Recipe, step: Step) -> Inputs:
     found: Inputs = {"seed": recipe.seed, "stage": _section(step.stage), "control": step.control}
     if not isinstance(step.stage, Select):
         found["base"] = recipe.base.model_dump(exclude_defaults=True)
+    if isinstance(step.stage, AdaptInfSelect):  # it may warm up a later stage's adapter
+        found["adapter"] = adapter_section(recipe, step.stage).model_dump(exclude_defaults=True)
+    if isinstance(step.stage, Sft) and is_sequence(recipe, step.stage):  # it picks itself
+        found["select"] = _section(recipe.stage("select"))
     if step.stage.stage == "verify" and (rl := recipe.stage("rl")) is not None:
         found["rl"] = _section(rl)
     return masked(json.loads(json.dumps(found, default=str)))  # it is written down
@@ -49,14 +55,19 @@ def _section(stage: Any) -> dict[str, Any]:
 def made_by(name: str, run: Path, digests: Digests) -> str:
     """The content of what a finished step hands on: an adapter, or the picked rows."""
     folder = run / name
-    made = [*(folder / ADAPTER).rglob("*"), folder / SELECTED, folder / CONTROL]
+    made = [path for part in (ADAPTER, WARM_UP, DATASETS) for path in (folder / part).rglob("*")]
+    made += [folder / SELECTED, folder / CONTROL, folder / BALANCED]
     files = {str(path.relative_to(folder)): digests.of(path) for path in sorted(made) if path.is_file()}
     return key_of(files)
 
 
 def _files(recipe: Recipe, step: Step) -> Iterator[Path]:
     stage = step.stage
-    if isinstance(stage, Select):
+    if isinstance(stage, AdaptInfSelect):
+        yield from _paths([*pool_sources(stage), *(one for skill in stage.datasets or [] for one in skill.test or [])])
+        if stage.adapter_from is not None:
+            yield from sorted(Path(stage.adapter_from).glob("adapter_*"))
+    elif isinstance(stage, Select):
         sources = [*stage.raw, *(stage.target or []), *(one for some in (stage.targets or {}).values() for one in some)]
         if stage.duplicates is not None:
             sources += [one for some in stage.duplicates.against.values() for one in some]

@@ -8,6 +8,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from .adapt_inf_faults import adapt_inf_order
 from .data_faults import select_gaps
 from .faults import Fault, RecipeError, faults_from_validation
 from .inherit import inherited
@@ -15,7 +16,7 @@ from .masking import learn, learn_override
 from .overrides import apply_overrides
 from .own import ALLOW_LATER, is_own, not_allowed
 from .run_folder import recipe_text
-from .schema import Recipe, Rl
+from .schema import Recipe, Rl, Select
 from .shipped import shipped_text
 from .trainer_args import set_by_krontune
 from .yaml12 import Document, read, shorten
@@ -123,12 +124,13 @@ def _order_faults(recipe: Recipe) -> Iterator[tuple[tuple[str | int, ...], str]]
         at = ("stages", number, "stage")
         if stage.stage in before:
             yield at, f"a second {stage.stage} stage; a recipe has at most one of each kind"
-        if stage.stage == "select":
+        if isinstance(stage, Select):
             yield from ((("stages", number, *path), message) for path, message in select_gaps(stage))
         if stage.stage == "sft" and stage.data == "select" and "select" not in before:
             yield at, "the sft stage trains on what 'select' picked, and none comes before; add one, or give data"
         if stage.stage == "sft" and stage.controls and stage.data != "select":
             yield ("stages", number, "controls"), "a random control needs the pool of a select stage; give data: select"
+        yield from ((("stages", number, *path), message) for path, message in adapt_inf_order(recipe, number))
         if stage.stage == "rl" and "sft" not in before and stage.adapter is None:
             yield at, "the rl stage continues an sft stage's adapter, and none comes before; add one, or give adapter"
         if stage.stage == "rl" and "sft" in before and stage.adapter is not None:

@@ -33,8 +33,9 @@ def walk(model: type[BaseModel], data: Any, loc: Iterable[str | int]) -> Spot:
     """Where `loc` leads in `data`, which failed to validate as `model`."""
     spot = Spot((), data, [model])
     for segment in loc:
-        if len(spot.options) > 1 and not spot.labelled:
-            # After a union comes the tag or the name of a member, never a key.
+        tags = spot.labelled and isinstance(spot.value, dict) and segment in spot.value.values()
+        if len(spot.options) > 1 and (tags or not spot.labelled):
+            # After a union comes the tag or the name of a member, never a key; after a union of unions two tags.
             members = [option for option in spot.options if _is_member(option, segment, spot.value)]
             spot.others = [option for option in spot.options if option not in members] if members else []
             spot.options, spot.labelled = members or spot.options, True

@@ -18,7 +18,7 @@ from ..adapters.base import resolve_model
 from ..adapters.embedded import NAME
 from ..data_selection import DataSelectionError
 from ..data_selection.texts import read_rows
-from .schema import HubRows, Recipe, Rl, RowSource, Select, Source, Stage, Verify
+from .schema import AdaptInfSelect, HubRows, Recipe, Rl, RowSource, Select, Source, Stage, Verify
 from .trainer_args import given
 
 HUB_TIMEOUT_S = 5.0
@@ -50,6 +50,11 @@ def notes(recipe: Recipe) -> list[str]:
 
 def _sources(stage: Stage) -> Sequence[Source | RowSource]:
     """All data that the stage reads."""
+    if isinstance(stage, AdaptInfSelect):
+        return [
+            *(stage.raw or ()),
+            *(one for skill in stage.datasets or () for one in (*skill.raw, *(skill.test or ()))),
+        ]
     if isinstance(stage, Select):
         return [*stage.raw, *(stage.target or ()), *chain.from_iterable((stage.targets or {}).values())]
     if isinstance(stage, Verify) or stage.data is None or isinstance(stage.data, str):

@@ -13,6 +13,7 @@ from ..rl.checks.svg import lines, pictures
 from .figures import ASKS, COLUMNS, cells, check_name, heuristic_name, model_name, number, storage
 from .run_report import RunFiles
 from .select import SELECTED
+from .selection_pictures import selection_pictures
 
 STYLE = """
 :root { --ink: #1c2430; --soft: #5b6675; --line: #d5dbe3; --pass: #1a7f37; --warn: #9a6700; --fail: #c0322b }
@@ -46,6 +47,7 @@ pre { white-space: pre-wrap; overflow-wrap: anywhere; font: .85rem/1.4 ui-monosp
 """
 CREDIT = "credit.svg"  # what the verify stage calls its picture
 SHOWN = 300  # characters of a selected text
+CLUSTERS_SHOWN = 12
 PHASES = {"before": "Before training", "during": "During training", "after": "After training"}
 
 
@@ -62,6 +64,7 @@ def run_page(run: RunFiles, texts: bool = True) -> str:
             *_models(run),
             *_training(run),
             *_selection(run, texts),
+            *_sequence(run),
             *_checks(run),
             *_credit(run),
             *_record(run),
@@ -213,12 +216,49 @@ def _selection(run: RunFiles, texts: bool) -> Iterator[str]:
         kl = select["kl_reduction"]
         rows.append(["nearer to the target by (nats)", "", f"{kl['selected']:.2f}", f"{kl['control']:.2f}"])
     yield _table(["source", "pool", "selected", "random control"], rows)
+    drawn = selection_pictures(run.path / "select")
+    if drawn:
+        yield "<h3>Clusters and scores</h3>"
+        yield "<p>The two directions in which the pool's gradients differ most; each cluster's selector is the score "
+        yield "that tells its rows apart best.</p>"
+        yield _figures([f"<figure>{picture}</figure>" for picture in drawn])
     if texts:
         yield from _picked_texts(run)
 
 
+def _sequence(run: RunFiles) -> Iterator[str]:
+    """What was learned and forgotten over a sequence of datasets, by Adapt-inf and by its controls."""
+    runs = {name: stage["lifelong"] for name, stage in run.stages.items() if "lifelong" in stage}
+    if not runs:
+        return
+    yield "<h2>Over the datasets</h2>"
+    yield "<p>All trained for as many steps. probability: of an answer token, the geometric mean; accuracy: answers "
+    yield "given word for word. Gain: in per cent of the model before training. Forgotten: lost since each skill's "
+    yield "best, in per cent.</p>"
+    body = []
+    for name, one in runs.items():
+        for measure, found in one["measures"].items():
+            numbers = [found[key] for key in ("final", "relative_gain", "forgetting")]
+            body.append([f"{_policy(name)}, {measure}", *("" if n is None else f"{n:.3g}" for n in numbers)])
+    yield _table(["", "mean at the end", "relative gain", "forgotten"], body)
+    for measure in next(iter(runs.values()))["measures"]:
+        skills = next(iter(runs.values()))["skills"]
+        figures = []
+        for place, skill in enumerate(skills):
+            series = {
+                _policy(name): [(t, row[place]) for t, row in enumerate(one["measures"][measure]["matrix"])]
+                for name, one in runs.items()
+            }
+            figures.append(f"<figure>{lines(f'{measure}: {skill}', series, 'datasets learned')}</figure>")
+        yield _figures(figures)
+
+
+def _policy(stage: str) -> str:
+    return stage.partition("-")[2] or "adapt_inf"
+
+
 def _picked_texts(run: RunFiles) -> Iterator[str]:
-    """The best and the last of what was picked, each with its reason."""
+    """Some of what was picked, each with its reason: by weight the best and the last, else one of each cluster."""
     folder = run.path / "select"
     try:
         picked = Selection.load(folder / "selection")
@@ -227,10 +267,15 @@ def _picked_texts(run: RunFiles) -> Iterator[str]:
         return
     scored = [i for i, reason in enumerate(picked.reasons) if isinstance(reason.get("log_weight"), float)]
     order = sorted(scored, key=lambda i: -picked.reasons[i]["log_weight"])
-    if not order or len(texts) != len(picked):
+    of_cluster = {str(reason["cluster"]): i for i, reason in enumerate(picked.reasons) if "cluster" in reason}
+    if not (order or of_cluster) or len(texts) != len(picked):
         return
-    yield "<h3>Why these</h3><p>The two highest weights among the picks, the middle and the lowest.</p>"
-    for place in dict.fromkeys([*order[:2], order[len(order) // 2], order[-1]]):
+    places = [*order[:2], order[len(order) // 2], order[-1]] if order else list(of_cluster.values())[:CLUSTERS_SHOWN]
+    what = (
+        "The two highest weights among the picks, the middle and the lowest." if order else "One pick of each cluster."
+    )
+    yield f"<h3>Why these</h3><p>{what}.</p>"
+    for place in dict.fromkeys(places):
         reason = "; ".join(f"{key.replace('_', ' ')} {_plain(value)}" for key, value in picked.reasons[place].items())
         text = _row_text(json.loads(texts[place]))
         shown = text if len(text) <= SHOWN else text[:SHOWN] + " ..."

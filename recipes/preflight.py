@@ -13,6 +13,7 @@ from ..adapters import AdapterError
 from ..adapters.base import resolve_model
 from ..adapters.embedded import NAME
 from ..rl import CertificateTask, Guarded, RlError, TokenCredit
+from .adapt_inf_faults import adapt_inf_faults
 from .data_faults import Found, select_faults, source_faults, tried
 from .faults import Fault
 from .hub_check import hub_faults
@@ -23,7 +24,7 @@ from .reward_trial import NOT_JUDGED, ROWS, faults_of_reward, right_forms, rows_
 from .rewards import make_reward
 from .rl import make_credit, make_risk, make_task, training_rows
 from .rows import Row
-from .schema import Adapter, Recipe, Rl, Sft
+from .schema import Adapter, AdaptInfSelect, Recipe, Rl, Sft
 from .targets import ConfigError, context_of, linear_names, meta_model, targets_of, unmatched
 from .trainer_args import given, value_of
 from .training import moka_config, trainer_arguments
@@ -50,6 +51,7 @@ def check(recipe: Recipe) -> list[Fault]:
     faults = [*_model_faults(recipe), *_attention_faults(recipe)]
     for number, stage in enumerate(recipe.stages):
         finder = {"select": select_faults, "sft": _sft_faults, "rl": _rl_faults, "verify": _verify_faults}[stage.stage]
+        finder = adapt_inf_faults if isinstance(stage, AdaptInfSelect) else finder
         faults += [Fault(recipe.where(("stages", number, *path)), message) for path, message in finder(recipe, stage)]
     faults += [Fault(recipe.where(path), message) for path, message in hub_faults(recipe)]
     return faults
@@ -99,7 +101,7 @@ def _attention_faults(recipe: Recipe) -> Iterator[Fault]:
 
 
 def _sft_faults(recipe: Recipe, stage: Any) -> Found:
-    yield from _adapter_faults(recipe, stage.adapter)
+    yield from adapter_faults(recipe, stage.adapter)
     if not isinstance(stage.data, str):
         yield from source_faults(("data",), stage.data)
     yield from _row_faults(recipe, stage)
@@ -122,7 +124,7 @@ def _row_faults(recipe: Recipe, stage: Sft) -> Found:
 
 def _rl_faults(recipe: Recipe, stage: Rl) -> Found:
     if stage.adapter is not None:
-        yield from _adapter_faults(recipe, stage.adapter)
+        yield from adapter_faults(recipe, stage.adapter)
     yield from tried(("credit",), lambda: make_credit(stage))
     yield from tried(("risk",), lambda: make_risk(stage))
     yield from _conflicts(stage)
@@ -282,7 +284,7 @@ def _verify_faults(recipe: Recipe, stage: Any) -> Found:
             yield ("checks", number), f"the check {name!r} is asked for twice; leave one out"
 
 
-def _adapter_faults(recipe: Recipe, adapter: Adapter) -> Found:
+def adapter_faults(recipe: Recipe, adapter: Adapter) -> Found:
     faults = [*tried(("adapter",), lambda: moka_config(adapter)), *_expression_faults(adapter)]
     yield from faults
     if not faults:

@@ -15,6 +15,7 @@ from . import needs
 from .rl import training_rows
 from .rows import Row, source_rows, tokenize
 from .schema import BaseModelSection, Recipe, Rl, Sft
+from .select_adapt_inf import pool_sources
 from .trainer_args import value_of
 
 SHOWN = 240  # characters of a piece at its beginning; of its end a third
@@ -80,7 +81,7 @@ def rendered_rows(recipe: Recipe) -> Iterator[Rendered]:
 
 def first_rows(recipe: Recipe, stage: Sft) -> Iterator[Row]:
     """The first row of each source of the stage, or of the pool that the select stage picks its rows from."""
-    sources: Any = recipe.stage("select").raw if isinstance(stage.data, str) else stage.data
+    sources: Any = pool_sources(recipe.stage("select")) if isinstance(stage.data, str) else stage.data
     near = (source for source in sources if not needs.out_of_reach(source))
     return (row for source in near for row in islice(source_rows(source, "data"), 1))
 

@@ -20,7 +20,7 @@ def print_report(run: Run) -> None:
     if not console.is_terminal:
         console.width = max(console.width, FILE_WIDTH)
     stages = run.record["stages"]
-    if "select" in stages:
+    if "sources" in stages.get("select", {}):
         console.print(_selection(stages["select"]))
     if "rl" in stages and stages["rl"]["reward"]:
         console.print(_reward(stages["rl"]))
@@ -46,6 +46,8 @@ def _selection(select: dict[str, Any]) -> Table:
         table.add_column(column, justify="right")
     for source in sorted(sources["pool"], key=lambda name: (-sources["selected"].get(name, 0), name))[:8]:
         table.add_row(source, *(str(sources[part].get(source, 0)) for part in ("pool", "selected", "control")))
+    if "kl_reduction" not in select:  # adapt_inf has no target
+        return table
     kl = select["kl_reduction"]
     table.add_row("KL to the target, reduced by (nats)", "", f"{kl['selected']:.2f}", f"{kl['control']:.2f}")
     return table

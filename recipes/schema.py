@@ -18,6 +18,7 @@ from pydantic import (
 )
 
 from ..adapters.precision import budget_fault, levels_fault
+from ..data_selection import AdaptInf
 from .own import ALLOW_LATER, is_own, not_allowed
 from .trainer_args import CreditArgs, GrpoTrainerArgs, GuardArgs, RiskArgs, SftTrainerArgs
 from .yaml12 import Document
@@ -303,12 +304,80 @@ class Adapter(Section):
     """Modules to leave out."""
 
 
+class WarmUp(Section):
+    """Training of a fresh adapter before its gradients are taken: until then they are zero, as a factor of it is."""
+
+    steps: int = Field(default=20, ge=1)
+    batch_size: int = Field(default=8, ge=1)
+    """Rows a step, all drawn at random from the pool."""
+    learning_rate: float = Field(default=1e-3, gt=0)
+
+
+class Skill(Section):
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    """Names the data set in folders and reports."""
+    raw: Sources
+    """What joins the pool."""
+    test: Sources | None = None
+    """What the model is measured by; null holds rows of raw back."""
+
+
+class AdaptInfSelect(Section):
+    stage: Literal["select"]
+    method: Literal["adapt_inf"]
+    """Adapt-inf: clusters of gradients, a score chosen for each, its range covered evenly (arXiv 2410.10636)."""
+    raw: Sources | None = None
+    """The pool to pick from, held in memory."""
+    datasets: list[Skill] | None = Field(default=None, min_length=1)
+    """Instead of raw: a sequence. Each joins the pool, k rows are picked, the sft stage trains on them, and the pool is
+    pruned."""
+    k: Annotated[int | float, AfterValidator(_size)]
+    """How many rows to pick, or which share of the pool; over datasets at each step, and a share of the largest."""
+    keep: int | None = Field(default=None, ge=1)
+    """Rows that stay in the pool after each of the datasets; null keeps all."""
+    held_out: int = Field(default=64, ge=1)
+    """Rows held back of one of the datasets that has no test."""
+    clusters: Annotated[int, Field(ge=1)] | Literal["auto"] = AdaptInf.clusters
+    """How many skills to look for; auto: the knee of the sum of squared distances."""
+    selector: Literal["entropy", "mixed", "random", "nll", "ppl", "el2n", "grand"] = "entropy"
+    """The score of highest histogram entropy, cluster by cluster; the mean rank over all scores; none; or one score."""
+    scores: list[Literal["nll", "ppl", "el2n", "entropy", "grand"]] = Field(
+        default=["nll", "el2n", "entropy"], min_length=1
+    )
+    """To compute and to choose among, see docs/adapt_inf.md."""
+    shares: Literal["equal", "spread", "density"] = AdaptInf.shares
+    """Of k that a cluster gets: equal, by the deviation of el2n, or by distances between and within clusters."""
+    bins: int = Field(default=AdaptInf.bins, ge=2)
+    """Of the histograms, and strata of a score."""
+    trim: float = Field(default=AdaptInf.trim, ge=0, lt=0.5)
+    """Share of a cluster left out at each end of its score."""
+    min_cluster: int | None = Field(default=AdaptInf.min_cluster, ge=1)
+    """Smaller clusters join the nearest; null: one row in 200, at most 50."""
+    legacy: bool = AdaptInf.legacy
+    """Do as the published code does."""
+    gradients: Literal["last", "all"] | list[int] = "last"
+    """The decoder layers whose adapter gradients are taken."""
+    projection: int | None = Field(default=1024, ge=1)
+    """Length of the stored vectors; null keeps gradients whole."""
+    batch_size: int = Field(default=8, ge=1)
+    """Rows scored at once."""
+    max_length: int | None = Field(default=2048, ge=2)
+    """Tokens of a row that are read; null for all."""
+    adapter: Adapter | None = None
+    """What is warmed up where no sft stage came before; null takes that of a later sft stage."""
+    adapter_from: str | None = None
+    """A folder with a trained adapter to score with, instead of a warm-up or an earlier sft stage's."""
+    warm_up: WarmUp = WarmUp()
+
+
 class Sft(Section):
     stage: Literal["sft"]
     data: Literal["select"] | Sources = "select"
     """What the select stage picked, or sources."""
-    controls: list[Literal["random"]] = []
-    """Also train on an equally large random pick from the same pool."""
+    controls: list[Literal["random", "balanced", "sequential", "full"]] = []
+    """Also train on an equally large random pick from the same pool. After adapt_inf also: a random pick with its
+    clusters' shares (balanced); over datasets also: the newest alone (sequential), or all of the pool for as many
+    steps (full)."""
     adapter: Adapter = Adapter()
     trainer: SftTrainerArgs = SftTrainerArgs()  # pyright: ignore[reportInvalidTypeForm]
     """Any field of trl.SFTConfig."""
@@ -439,6 +508,16 @@ class Verify(Section):
     batch_size: int = Field(default=64, ge=1)
 
 
+def _select_method(value: Any) -> str:
+    method = value.get("method", "dsir") if isinstance(value, dict) else getattr(value, "method", "dsir")
+    return method if isinstance(method, str) else "dsir"
+
+
+AnySelect = Annotated[
+    Annotated[Select, Tag("dsir")] | Annotated[AdaptInfSelect, Tag("adapt_inf")], Discriminator(_select_method)
+]
+
+
 class Hub(Section):
     """Where the run is pushed when it is done, see docs/hub.md."""
 
@@ -452,7 +531,7 @@ class Hub(Section):
     """The Hub id of the base, where base names a folder: whoever loads the adapter gets the base from there."""
 
 
-Stage = Annotated[Select | Sft | Rl | Verify, Field(discriminator="stage")]
+Stage = Annotated[AnySelect | Sft | Rl | Verify, Field(discriminator="stage")]
 
 
 class Recipe(Section):

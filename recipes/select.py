@@ -8,7 +8,7 @@ report, and what a stage that was cut goes on with: the pool as files (`pool/`),
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -27,22 +27,22 @@ from .rows import Row, check_row, fingerprint, source_rows, sourced
 from .run_folder import RunError, RunFolder
 from .schema import Columns, Neural, Recipe, Select, Source
 
-SELECTED, CONTROL = "selected.jsonl", "control.jsonl"
+SELECTED, CONTROL, BALANCED = "selected.jsonl", "control.jsonl", "balanced.jsonl"
 INPUTS, POOL, COPIES, ESTIMATOR, SCORES = "inputs.json", "pool", "duplicates", "dsir", "scores"
 
 
 def run_select(recipe: Recipe, stage: Select, run: RunFolder) -> None:
     """Write the picked rows, the random control, why each row was picked, and the report."""
     inputs = json.dumps(_inputs(stage), indent=1)
-    same = _read_text(run.path / "select" / INPUTS) == inputs
+    same = read_if_there(run.path / "select" / INPUTS) == inputs
     folder = run.begin("select", (INPUTS, POOL, COPIES, ESTIMATOR, SCORES) if same else ())
     write_atomic(folder / INPUTS, inputs.encode())
 
-    pool = _as_files(stage.raw, folder / POOL / "raw")
-    targets = {name: _as_files(given, folder / POOL / f"target-{n}") for n, (name, given) in _targets(stage).items()}
+    pool = as_files(stage.raw, folder / POOL / "raw")
+    targets = {name: as_files(given, folder / POOL / f"target-{n}") for n, (name, given) in _targets(stage).items()}
     target: Any = targets if stage.targets is not None else targets["target"]
-    run.add_data("raw", **_content(pool))
-    run.add_data("target", **_content([path for paths in targets.values() for path in paths]))
+    run.add_data("raw", **content_of(pool))
+    run.add_data("target", **content_of([path for paths in targets.values() for path in paths]))
 
     unique = _unique(recipe, stage, folder, pool, targets)
     if unique is not None and not stage.duplicates.report_only:  # type: ignore[union-attr]
@@ -80,9 +80,10 @@ def _pushed(picked: Selection, stage: Select, dsir: Dsir) -> str:
         ) from error
 
 
-def selected_rows(run: RunFolder, control: bool = False) -> list[Row]:
-    """What the select stage picked, or its random control."""
-    with (run.path / "select" / (CONTROL if control else SELECTED)).open(encoding="utf-8") as file:
+def selected_rows(run: RunFolder, control: str | None = None) -> list[Row]:
+    """What the select stage picked, or its control: "random", or of adapt_inf "balanced"."""
+    name = {None: SELECTED, "random": CONTROL, "balanced": BALANCED}[control]
+    with (run.path / "select" / name).open(encoding="utf-8") as file:
         return [json.loads(line) for line in file]
 
 
@@ -95,10 +96,15 @@ def _targets(stage: Select) -> dict[int, tuple[str, list[Source]]]:
 
 
 def _inputs(stage: Select) -> dict[str, Any]:
-    """What tells whether the files that the stage reads are those of an earlier attempt."""
+    """The files that the stage reads, by what they are for."""
     groups = {"raw": stage.raw, **{f"targets.{name}": given for name, given in _targets(stage).values()}}
     if stage.duplicates is not None:
         groups |= {f"against.{name}": given for name, given in stage.duplicates.against.items()}
+    return file_inputs(groups)
+
+
+def file_inputs(groups: Mapping[str, Sequence[Source]]) -> dict[str, Any]:
+    """What tells whether the files of some groups of sources are those of an earlier attempt."""
     paths = {name: [path for source in given if (path := _path(source))] for name, given in groups.items()}
     return {name: file_fingerprint(found, name) for name, found in paths.items() if found}
 
@@ -107,7 +113,7 @@ def _path(source: Source) -> str | None:
     return source if isinstance(source, str) else source.path if isinstance(source, Columns) else None
 
 
-def _as_files(sources: list[Source], made: Path) -> list[str]:
+def as_files(sources: list[Source], made: Path) -> list[str]:
     """The sources as paths: a file that can be read as it is by its own, what is made or has a template of columns by
     that of a file in the stage's folder.
 
@@ -122,14 +128,14 @@ def _as_files(sources: list[Source], made: Path) -> list[str]:
         if not path.exists():  # it is there whole or not at all
             with open_atomic(path) as file:
                 for row in source_rows(source, made.name):
-                    _write_row(file, row)
+                    write_row(file, row)
         paths.append(str(path))
     if all(isinstance(source, str) for source in sources):
         return paths
     return NamedFiles(paths, [f"{made.name}-{number}" for number in range(len(paths))])
 
 
-def _content(paths: list[str]) -> dict[str, Any]:
+def content_of(paths: list[str]) -> dict[str, Any]:
     digest, size = hashlib.sha256(), 0
     for path in paths:
         with open(path, "rb") as file:
@@ -139,7 +145,7 @@ def _content(paths: list[str]) -> dict[str, Any]:
     return {"files": len(paths), "bytes": size, "sha256": digest.hexdigest()}
 
 
-def _pool_rows(pool: list[str], words: int | None = None) -> Iterator[Row]:
+def rows_of_pool(pool: list[str], words: int | None = None) -> Iterator[Row]:
     """The rows of the pool, or their chunks; one without `source` has its file's path there."""
     first = 0
     for path in pool:
@@ -168,11 +174,11 @@ class _Published:
             yield {**row, "source": self.names[source]} if source in self.names else row
 
 
-def _write_row(file: BinaryIO, row: Row) -> None:
+def write_row(file: BinaryIO, row: Row) -> None:
     file.write(json.dumps(row, default=str).encode() + b"\n")
 
 
-def _read_text(path: Path) -> str | None:
+def read_if_there(path: Path) -> str | None:
     return path.read_text(encoding="utf-8") if path.is_file() else None
 
 
@@ -189,7 +195,7 @@ def _unique(
         return Selection.load(folder / COPIES)
     given = stage.duplicates
     against = {
-        name: _as_files(sources, folder / POOL / f"against-{number}")
+        name: as_files(sources, folder / POOL / f"against-{number}")
         for number, (name, sources) in enumerate(given.against.items())
     }
     if given.against_target:
@@ -207,9 +213,9 @@ def _kept_rows(pool: list[str], unique: Selection, path: Path) -> str:
         kept = np.zeros(unique.pool_size, bool)
         kept[unique.indices] = True
         with open_atomic(path) as file:
-            for row, keep in zip(_pool_rows(pool), kept.tolist(), strict=True):
+            for row, keep in zip(rows_of_pool(pool), kept.tolist(), strict=True):
                 if keep:
-                    _write_row(file, row)
+                    write_row(file, row)
     return str(path)
 
 
@@ -290,7 +296,7 @@ def _write_picks(
     rows = 0
     with open_atomic(folder / SELECTED) as selected, open_atomic(folder / CONTROL) as control:
         parts = (("selected", SELECTED, selected), ("control", CONTROL, control))
-        for rows, row in enumerate(_pool_rows(pool, words), start=1):
+        for rows, row in enumerate(rows_of_pool(pool, words), start=1):
             if rows > picked.pool_size:
                 break
             counts["pool"][str(row["source"])] += 1
@@ -298,7 +304,7 @@ def _write_picks(
                 if marks[name][rows - 1]:
                     check_row(row, f"row {rows} of the pool")
                     counts[part][str(row["source"])] += 1
-                    _write_row(file, row)
+                    write_row(file, row)
     if rows != picked.pool_size:
         raise RunError(
             f"the pool had {picked.pool_size} rows and has {rows}: a file changed while it was read; run again"

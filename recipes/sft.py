@@ -7,6 +7,7 @@ from datasets import Dataset
 from trl import SFTConfig, SFTTrainer
 
 from .checkpoints import Checkpoints
+from .lifelong import is_sequence, run_lifelong
 from .progress import Report
 from .rows import Row, fingerprint, read_sources, tokenize
 from .run_folder import RunError, RunFolder
@@ -17,7 +18,9 @@ from .training import begin, exact_parameters, new_adapter, train, trainer_argum
 
 
 def run_sft(recipe: Recipe, stage: Sft, run: RunFolder, control: str | None = None) -> None:
-    """Train on the stage's data, or, as `control` "random", on an equally large random pick, otherwise alike."""
+    """Train on the stage's data, or on that of a `control` of equal size, otherwise alike."""
+    if is_sequence(recipe, stage):
+        return run_lifelong(recipe, stage, run, control)
     name = f"sft-{control}" if control else "sft"
     folder, last = begin(run, name)
     checkpoints = Checkpoints(run.key(name), last, given(stage.trainer))
@@ -51,5 +54,5 @@ def _say_what_is_cut(name: str, rows: int, trainer: Any) -> None:
 
 def _rows(stage: Sft, run: RunFolder, control: str | None) -> list[Row]:
     if isinstance(stage.data, str):
-        return selected_rows(run, control=control == "random")
+        return selected_rows(run, control)
     return read_sources(stage.data, "data")

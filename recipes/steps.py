@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from .schema import Recipe, Rl, Select, Sft, Verify
+from .schema import AdaptInfSelect, Recipe, Rl, Select, Sft, Verify
 
 
 @dataclass(frozen=True)
@@ -13,7 +13,7 @@ class Step:
     """
 
     name: str
-    stage: Select | Sft | Rl | Verify
+    stage: Select | AdaptInfSelect | Sft | Rl | Verify
     control: str | None = None
     needs: tuple[str, ...] = ()
 
@@ -22,7 +22,10 @@ def steps(recipe: Recipe) -> list[Step]:
     found: list[Step] = []
     for stage in recipe.stages:
         adapters = tuple(step.name for step in found if isinstance(step.stage, Sft | Rl))
-        if isinstance(stage, Select):
+        if isinstance(stage, AdaptInfSelect):
+            own = stage.adapter_from is not None or not adapters
+            found.append(Step("select", stage, needs=() if own else ("sft",)))
+        elif isinstance(stage, Select):
             found.append(Step("select", stage))
         elif isinstance(stage, Verify):
             found.append(Step("verify", stage, needs=adapters))

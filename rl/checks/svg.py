@@ -52,8 +52,8 @@ def lines(title: str, series: Mapping[str, Points], x_name: str, bands: Mapping[
             parts.append(f'<polygon points="{" ".join(edge)}" fill="{colour}" opacity="0.15"/>')
         path = " ".join(at(x, y) for x, y in points)
         parts.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="2"/>')
-        parts.append(_text(WIDTH - RIGHT + 8, TOP + 8 + 15 * number, name, colour))
-    return _frame(title, parts)
+        parts.append(text(WIDTH - RIGHT + 8, TOP + 8 + 15 * number, name, colour))
+    return frame(title, parts)
 
 
 def bars(title: str, values: Mapping[str, tuple[float, float, float]]) -> str:
@@ -64,14 +64,14 @@ def bars(title: str, values: Mapping[str, tuple[float, float, float]]) -> str:
     for number, (name, (value, low, high)) in enumerate(values.items()):
         y = TOP + number * step
         width = max(0.0, value) * scale
-        parts.append(_text(4, y + step * 0.65, name, "#333333"))
+        parts.append(text(4, y + step * 0.65, name, "#333333"))
         fill = COLOURS[number % len(COLOURS)]
         parts.append(f'<rect x="{RIGHT}" y="{y + 2:.1f}" width="{width:.1f}" height="{step * 0.7:.1f}" fill="{fill}"/>')
         middle = y + 2 + step * 0.35
         ends = f'x1="{RIGHT + low * scale:.1f}" x2="{RIGHT + high * scale:.1f}"'
         parts.append(f'<line {ends} y1="{middle:.1f}" y2="{middle:.1f}" stroke="#222222"/>')
-        parts.append(_text(RIGHT + max(width, high * scale) + 6, y + step * 0.65, f"{value:.2f}", "#333333"))
-    return _frame(title, parts)
+        parts.append(text(RIGHT + max(width, high * scale) + 6, y + step * 0.65, f"{value:.2f}", "#333333"))
+    return frame(title, parts)
 
 
 def _attribution(result: CheckResult) -> str:
@@ -105,12 +105,13 @@ _DRAWN = {
 }
 
 
-def _frame(title: str, parts: Sequence[str]) -> str:
+def frame(title: str, parts: Sequence[str]) -> str:
+    """A picture of WIDTH by HEIGHT with its title."""
     head = (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" '
         f'aria-label="{escape(title, quote=True)}" font-family="sans-serif" font-size="11">'
     )
-    return "".join((head, _text(LEFT, 14, title, "#111111"), *parts, "</svg>"))
+    return "".join((head, text(LEFT, 14, title, "#111111"), *parts, "</svg>"))
 
 
 def _axes(x_name: str, x_ends: tuple[float, float], y_ends: tuple[float, float]) -> str:
@@ -118,14 +119,15 @@ def _axes(x_name: str, x_ends: tuple[float, float], y_ends: tuple[float, float])
     return "".join(
         (
             f'<path d="M{LEFT} {TOP}V{base}H{right}" fill="none" stroke="#888888"/>',
-            _text(LEFT, base + 14, f"{x_ends[0]:g}", "#555555"),
-            _text(right - 20, base + 14, f"{x_ends[1]:g}", "#555555"),
-            _text((LEFT + right) / 2, base + 28, x_name, "#555555"),
-            _text(4, base, f"{y_ends[0]:.2g}", "#555555"),
-            _text(4, TOP + 8, f"{y_ends[1]:.2g}", "#555555"),
+            text(LEFT, base + 14, f"{x_ends[0]:g}", "#555555"),
+            text(right - 20, base + 14, f"{x_ends[1]:g}", "#555555"),
+            text((LEFT + right) / 2, base + 28, x_name, "#555555"),
+            text(4, base, f"{y_ends[0]:.2g}", "#555555"),
+            text(4, TOP + 8, f"{y_ends[1]:.2g}", "#555555"),
         )
     )
 
 
-def _text(x: float, y: float, text: str, colour: str) -> str:
-    return f'<text x="{x:.1f}" y="{y:.1f}" fill="{colour}">{escape(text)}</text>'
+def text(x: float, y: float, words: str, colour: str) -> str:
+    """Words that begin at a point, escaped."""
+    return f'<text x="{x:.1f}" y="{y:.1f}" fill="{colour}">{escape(words)}</text>'

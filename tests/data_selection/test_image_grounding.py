@@ -1,3 +1,5 @@
+import random
+
 import numpy as np
 import pytest
 import torch
@@ -16,6 +18,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 
 from krontune.data_selection import DataSelectionError, score_samples
 from krontune.data_selection.encoding import collate, encode, image_tokens, without_images
+from krontune.data_selection.image_dropout import ImageDropCollator
 
 COLOURS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255), "grey": (128, 128, 128)}
 WORDS = ["<pad>", "<unk>", "<s>", "</s>", "<image>", "what", "colour", "is", "it", *COLOURS]
@@ -102,18 +105,54 @@ def test_images_need_a_processor_and_come_before_the_answer(tmp_path):
         score_samples(tiny_llava(), processor(), ROWS, gradients=None, max_length=5, out_dir=tmp_path / "u")
 
 
-def test_a_model_that_saw_missing_images_shows_the_known_grounding(tmp_path):
-    """Four colours, equally likely without the picture: two bits, where half of the training goes without pictures."""
-    model, words = tiny_llava(), processor()
+def trained(drop):
+    """A model after 150 batches of all four colours, two each."""
+    model, words, order = tiny_llava(), processor(), random.Random(0)
+    collator = ImageDropCollator(model, words, drop)
     encoded = [encode(words, row(colour), "row") for colour in COLOURS]
-    seen, unseen = collate(encoded, 0), collate([without_images(one, [4]) for one in encoded], 0)
+    ready = [{"input_ids": one.input_ids, "labels": one.labels, **one.images} for one in encoded]
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    for _ in range(120):
+    for _ in range(150):
+        rows = ready * 2
+        order.shuffle(rows)
         optimizer.zero_grad()
-        for inputs, labels in (seen, unseen):
-            model(**inputs, labels=labels).loss.backward()
+        model(**collator(rows)).loss.backward()
         optimizer.step()
+    return model
+
+
+def bits(model, folder):
+    """Image grounding of the colour's token, in bits, of each of the four rows."""
     rows = [row(colour) for colour in COLOURS]
-    store = score_samples(model, words, rows, ("nll", "log_ig"), gradients=None, out_dir=tmp_path / "s")
+    store = score_samples(model, processor(), rows, ("nll", "log_ig"), gradients=None, out_dir=folder)
+    assert store.scores["nll"].max() < 0.2, "it has learned the colours"
     # The NLL is a mean over the colour, which the picture tells, and the end of the text, which needs none.
-    np.testing.assert_allclose(2 * store.scores["log_ig"] / np.log(2), 2.0, atol=0.25)
+    return 2 * store.scores["log_ig"] / np.log(2)
+
+
+def test_image_dropout_recovers_the_known_grounding_of_two_bits_and_plain_training_does_not(tmp_path):
+    """Four colours, equally likely without the picture."""
+    recovered, plain = bits(trained(0.5), tmp_path / "drop"), bits(trained(0.0), tmp_path / "plain")
+    np.testing.assert_allclose(recovered, 2.0, atol=0.4)
+    assert np.abs(plain - 2.0).max() > 1.0
+
+
+def test_the_collator_leaves_out_the_images_of_the_last_half_and_carries_odd_rows_over():
+    words, model = processor(), tiny_llava()
+    rows = [row("red"), row("blue"), row("green"), row("grey")]
+    whole = collate([encode(words, one, "row") for one in rows[:2]], 0)[0]["pixel_values"]
+    batch = ImageDropCollator(model, words)(rows)
+    assert torch.equal(batch["pixel_values"], whole)
+    assert (batch["input_ids"] == 4).sum(1).tolist() == [9, 9, 0, 0]
+    for labels, one in zip(batch["labels"], rows, strict=True):
+        assert labels[labels != -100].tolist() == [WORDS.index(one["completion"]), 3]
+    single = ImageDropCollator(model, words)
+    assert ["pixel_values" in single([rows[0]]) for _ in range(6)] == [True, False] * 3
+    third = ImageDropCollator(model, words, drop=1 / 3)
+    assert sum("pixel_values" not in third([rows[0]]) for _ in range(30)) == 10
+    assert "pixel_values" not in ImageDropCollator(model, words, drop=1.0)(rows)
+    assert len(ImageDropCollator(model, words, drop=0.0)(rows)["pixel_values"]) == 4
+    with pytest.raises(DataSelectionError, match="drop=1.5"):
+        ImageDropCollator(model, words, drop=1.5)
+    with pytest.raises(DataSelectionError, match="takes no images"):
+        ImageDropCollator(model.get_decoder(), words)

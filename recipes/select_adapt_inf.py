@@ -1,0 +1,243 @@
+"""The select stage with method adapt_inf: scores and gradients of the pool, and what is picked by them.
+
+The folder of the stage holds what was picked (`selected.jsonl`, `selection/`), two controls of equal size
+(`control.jsonl`, `balanced.jsonl`), the numbers behind the report's pictures, and what a stage that was cut goes on
+with: the pool as files (`pool/`), the adapter that was warmed up (`warm_up/`), and the scores (`store/`). These are
+thrown away where a data file changed. Over a sequence of datasets only data and adapter are prepared here: what is
+picked depends on what was learned before, so that the sft stage picks (see `lifelong`).
+"""
+
+import dataclasses
+import json
+import shutil
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from transformers import PrinterCallback
+from trl import SFTConfig, SFTTrainer
+
+from ..data_selection import AdaptInf, Selection, score_samples
+from ..data_selection.files import open_atomic
+from ..data_selection.selection import top_k, uniform_noise, write_atomic
+from .progress import Report
+from .rows import Row, check_row, fingerprint, tokenize
+from .run_folder import RunError, RunFolder
+from .schema import Adapter, AdaptInfSelect, Recipe, Select, Sft, Skill, Source
+from .select import (
+    BALANCED,
+    CONTROL,
+    INPUTS,
+    POOL,
+    SELECTED,
+    as_files,
+    content_of,
+    file_inputs,
+    read_if_there,
+    rows_of_pool,
+    write_row,
+)
+from .selection_pictures import PICTURES, picture_numbers
+from .training import ADAPTER, exact_parameters, new_adapter, saved_adapter
+
+STORE, WARM_UP, DATASETS = "store", "warm_up", "datasets"
+WARM_UP_STREAM, HELD_OUT_STREAM = 31, 32  # of random numbers, apart from those of the selection
+
+
+def run_adapt_inf(recipe: Recipe, stage: AdaptInfSelect, run: RunFolder) -> None:
+    """Score the pool, pick, and write picks, controls and reasons; or prepare a sequence of datasets."""
+    inputs = json.dumps(file_inputs(_groups(stage)), indent=1)
+    same = read_if_there(run.path / "select" / INPUTS) == inputs
+    folder = run.begin("select", (INPUTS, POOL, WARM_UP, STORE, DATASETS) if same else ())
+    write_atomic(folder / INPUTS, inputs.encode())
+    if stage.datasets is not None:
+        _prepare(recipe, stage, stage.datasets, folder, run)
+        return
+    pool = as_files(stage.raw or [], folder / POOL / "raw")
+    run.add_data("raw", **content_of(pool))
+    rows = _checked_rows(pool)
+    model, tokenizer, scored_with = _scoring_model(recipe, stage, rows, folder, run)
+    store = score_samples(model, tokenizer, rows, **scoring_settings(recipe, stage), out_dir=folder / STORE)
+    method = adapt_inf(stage)
+    k = budget_of(stage, len(rows))
+    picked = method.select(store, budget=k, seed=recipe.seed)
+    balanced = dataclasses.replace(method, selector="random", legacy=False).select(store, budget=k, seed=recipe.seed)
+    picked.save(folder / "selection")
+    balanced.save(folder / "balanced")
+    write_atomic(folder / PICTURES, json.dumps(picture_numbers(store, picked)).encode())
+    sources = {"pool": dict(Counter(str(row["source"]) for row in rows))}
+    for name, file, found in (
+        ("selected", SELECTED, picked),
+        ("control", CONTROL, picked.control),
+        ("balanced", BALANCED, balanced),
+    ):
+        chosen = _write_rows(folder / file, found, rows)
+        sources[name] = dict(Counter(str(row["source"]) for row in chosen))
+        if found is picked:
+            run.add_data("selected", rows=len(chosen), sha256=fingerprint(chosen))
+    run.finish("select", **picked.summary(), sources=sources, scored_with=scored_with)
+
+
+def adapt_inf(stage: AdaptInfSelect) -> AdaptInf:
+    """The `AdaptInf` of a stage.
+
+    Raises:
+        DataSelectionError: its values do not go together.
+    """
+    return AdaptInf(**{field.name: getattr(stage, field.name) for field in dataclasses.fields(AdaptInf)})
+
+
+def scoring_settings(recipe: Recipe, stage: AdaptInfSelect) -> dict[str, Any]:
+    """Arguments of `score_samples`."""
+    names = ("scores", "gradients", "projection", "batch_size", "max_length")
+    return {**{name: getattr(stage, name) for name in names}, "seed": recipe.seed}
+
+
+def budget_of(stage: AdaptInfSelect, rows: int) -> int:
+    """How many of so many rows are picked."""
+    return stage.k if isinstance(stage.k, int) else max(1, round(stage.k * rows))
+
+
+def pool_sources(stage: Select | AdaptInfSelect) -> list[Source]:
+    """All that may be picked from."""
+    if isinstance(stage, Select):
+        return stage.raw
+    return [*(stage.raw or []), *(source for skill in stage.datasets or [] for source in skill.raw)]
+
+
+def _groups(stage: AdaptInfSelect) -> dict[str, list[Source]]:
+    groups = {"raw": stage.raw or []}
+    for skill in stage.datasets or []:
+        groups |= {f"datasets.{skill.name}": skill.raw, f"test.{skill.name}": skill.test or []}
+    return groups
+
+
+def _checked_rows(pool: list[str]) -> list[Row]:
+    rows = list(rows_of_pool(pool))
+    for number, row in enumerate(rows, start=1):
+        check_row(row, f"row {number} of the pool")
+    return rows
+
+
+def _write_rows(path: Path, found: Selection, rows: Sequence[Row]) -> list[Row]:
+    chosen = [rows[i] for i in found.indices.tolist()]
+    with open_atomic(path) as file:
+        for row in chosen:
+            write_row(file, row)
+    return chosen
+
+
+# ---------------------------------------------------------------- the model that scores
+
+
+def _scoring_model(
+    recipe: Recipe, stage: AdaptInfSelect, rows: Sequence[Row], folder: Path, run: RunFolder
+) -> tuple[Any, Any, str]:
+    """Base and adapter to score with, the tokenizer, and in words which adapter that is."""
+    if stage.adapter_from is not None:
+        return *saved_adapter(recipe, Path(stage.adapter_from), run.path), stage.adapter_from
+    if any(isinstance(other, Sft) for other in recipe.stages[: recipe.stages.index(stage)]):
+        return *saved_adapter(recipe, run.path / "sft" / ADAPTER, run.path), "the adapter of the sft stage"
+    warm_up(recipe, stage, rows, folder / WARM_UP, run)
+    # Read back even where it was just trained: a run that goes on then scores with the very same model.
+    return *saved_adapter(recipe, folder / WARM_UP, run.path), f"an adapter warmed up for {stage.warm_up.steps} steps"
+
+
+def warm_up(recipe: Recipe, stage: AdaptInfSelect, rows: Sequence[Row], out: Path, run: RunFolder) -> None:
+    """Train a fresh adapter for some steps on random rows, into `out`, where it appears whole or not at all."""
+    if out.is_dir():
+        return
+    model, tokenizer = new_adapter(recipe, adapter_section(recipe, stage), run.path)
+    settings = stage.warm_up
+    count = min(len(rows), settings.steps * settings.batch_size)
+    chosen = top_k(uniform_noise(recipe.seed, len(rows), WARM_UP_STREAM), count).tolist()
+    dataset = Dataset.from_list([tokenize(rows[i], tokenizer) for i in chosen])
+    beside = out.with_name(f".{out.name}")
+    shutil.rmtree(beside, ignore_errors=True)
+    arguments = SFTConfig(
+        output_dir=str(beside / "trainer"),
+        max_steps=settings.steps,
+        per_device_train_batch_size=settings.batch_size,
+        learning_rate=settings.learning_rate,
+        max_length=stage.max_length,
+        seed=recipe.seed,
+        use_cpu=not torch.accelerator.is_available(),
+        disable_tqdm=True,
+        save_strategy="no",
+        report_to="none",
+    )
+    with exact_parameters(model):
+        trainer: Any = SFTTrainer(
+            model=model,
+            args=arguments,
+            train_dataset=dataset,
+            processing_class=tokenizer,
+            callbacks=[Report("select", run, shown=("loss",))],
+        )
+    trainer.remove_callback(PrinterCallback)
+    trainer.train()
+    if not all(torch.isfinite(p).all() for p in model.parameters() if p.requires_grad):
+        raise RunError("select: the adapter is not finite after the warm-up; lower warm_up.learning_rate")
+    shutil.rmtree(beside, ignore_errors=True)
+    trainer.model.save_pretrained(str(beside))
+    tokenizer.save_pretrained(str(beside))
+    beside.rename(out)
+
+
+def adapter_section(recipe: Recipe, stage: AdaptInfSelect) -> Adapter:
+    """Which adapter is warmed up."""
+    sft = recipe.stage("sft")
+    return stage.adapter or (sft.adapter if sft is not None else Adapter())
+
+
+# ---------------------------------------------------------------- a sequence of datasets
+
+
+def _prepare(recipe: Recipe, stage: AdaptInfSelect, skills: Sequence[Skill], folder: Path, run: RunFolder) -> None:
+    """Write each dataset's rows for the pool and for the test, and the adapter that all policies begin with."""
+    facts, first = {}, list[Row]()
+    for number, skill in enumerate(skills):
+        files = as_files(skill.raw, folder / POOL / f"raw-{number}")
+        rows = [{**row, "skill": skill.name} for row in _checked_rows(files)]
+        if skill.test is None:
+            if len(rows) <= stage.held_out:
+                raise RunError(
+                    f"select: {skill.name!r} has {len(rows)} rows, of which {stage.held_out} are held out for the "
+                    "test, so that none is left; lower held_out, or give test"
+                )
+            noise = uniform_noise(recipe.seed, len(rows), HELD_OUT_STREAM)
+            held = set(top_k(noise, stage.held_out).tolist())
+            tests = [row for i, row in enumerate(rows) if i in held]
+            rows = [row for i, row in enumerate(rows) if i not in held]
+        else:
+            tests = _checked_rows(as_files(skill.test, folder / POOL / f"test-{number}"))
+        for name, part in ((f"{skill.name}.jsonl", rows), (f"{skill.name}.test.jsonl", tests)):
+            with open_atomic(folder / DATASETS / name) as file:
+                for row in part:
+                    write_row(file, row)
+        run.add_data(skill.name, rows=len(rows), sha256=fingerprint(rows))
+        run.add_data(f"{skill.name} (test)", rows=len(tests), sha256=fingerprint(tests))
+        facts[skill.name] = {"rows": len(rows), "test": len(tests)}
+        first = first or rows
+    if stage.adapter_from is None:
+        warm_up(recipe, stage, first, folder / WARM_UP, run)
+    run.finish("select", method="adapt_inf", datasets=facts)
+
+
+def start_adapter(stage: AdaptInfSelect, run: RunFolder) -> Path:
+    """The adapter that every policy over a sequence of datasets begins with."""
+    return Path(stage.adapter_from) if stage.adapter_from is not None else run.path / "select" / WARM_UP
+
+
+def prepared(stage: AdaptInfSelect, run: RunFolder) -> tuple[dict[str, list[Row]], dict[str, list[Row]]]:
+    """What `_prepare` wrote: the rows of each dataset for the pool, and for the test."""
+    folder = run.path / "select" / DATASETS
+    found: tuple[dict[str, list[Row]], dict[str, list[Row]]] = ({}, {})
+    for skill in stage.datasets or []:
+        for part, name in zip(found, (f"{skill.name}.jsonl", f"{skill.name}.test.jsonl"), strict=True):
+            with (folder / name).open(encoding="utf-8") as file:
+                part[skill.name] = [json.loads(line) for line in file]
+    return found
