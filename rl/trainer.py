@@ -109,7 +109,7 @@ class DenseRolloutGRPOTrainer(GRPOTrainer):
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         super()._save_checkpoint(model, trial)
-        sampled_every = cast(int, self.args.steps_per_generation) * self.num_iterations
+        sampled_every = cast(int, cast(GRPOConfig, self.args).steps_per_generation) * self.num_iterations
         state = {"step": self._step, "batches": self._buffered_inputs if self._step % sampled_every else None}
         folder = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         folder.mkdir(parents=True, exist_ok=True)  # of another process, which may be first
