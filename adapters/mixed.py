@@ -122,13 +122,14 @@ def quantised(linear: nn.Linear, bits: int, dtype: torch.dtype, device: torch.de
         return linear.to(device)
     from bitsandbytes.nn import Int8Params, Linear4bit, Linear8bitLt, Params4bit
 
+    packed: dict[int, Any] = {8: Int8Params, 4: Params4bit}  # whose constructors are not typed
     n_in, n_out, weight = linear.in_features, linear.out_features, linear.weight.data.cpu()
     if bits == 8:
         new = cast(Any, Linear8bitLt(n_in, n_out, has_fp16_weights=False, threshold=OUTLIER, device="meta"))
-        new.weight = Int8Params(weight, requires_grad=False, has_fp16_weights=False).to(device)
+        new.weight = packed[8](weight, requires_grad=False, has_fp16_weights=False).to(device)
     else:
         new = cast(Any, Linear4bit(n_in, n_out, compute_dtype=dtype, quant_type="nf4", device="meta"))
-        new.weight = Params4bit(weight, requires_grad=False, quant_type="nf4", compress_statistics=True, module=new).to(
+        new.weight = packed[4](weight, requires_grad=False, quant_type="nf4", compress_statistics=True, module=new).to(
             device
         )
         if torch.device(device).type == "cpu":

@@ -95,7 +95,9 @@ class _Planner:
         self.recipe, self.probe = recipe, probe
         self.triton = torch.cuda.is_available()
         self.tokenizer = load_tokenizer(recipe.base)
-        self.adapter = next((stage.adapter for stage in recipe.stages if getattr(stage, "adapter", None)), Adapter())
+        self.adapter = next(
+            (stage.adapter for stage in recipe.stages if isinstance(stage, Sft | Rl) and stage.adapter), Adapter()
+        )
         self.prober = Prober(recipe, self.adapter)
         self.picked: int | None = None
         try:

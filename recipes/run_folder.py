@@ -151,8 +151,8 @@ class RunFolder:
         for part in folder.iterdir():
             if part.name not in kept:
                 shutil.rmtree(part) if part.is_dir() and not part.is_symlink() else part.unlink()
-        for part in reuse if aside else ():
-            if (aside / part).exists():
+        for part in reuse:
+            if aside is not None and (aside / part).exists():
                 (aside / part).rename(folder / part)
         if key is not None:
             write_atomic(begun, key.encode())
