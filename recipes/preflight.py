@@ -50,11 +50,14 @@ def check(recipe: Recipe) -> list[Fault]:
         return refused
     faults = [*_model_faults(recipe), *_attention_faults(recipe)]
     for number, stage in enumerate(recipe.stages):
-        finder: Any = {"select": select_faults, "sft": _sft_faults, "rl": _rl_faults, "verify": _verify_faults}[
-            stage.stage
-        ]
-        finder = adapt_inf_faults if isinstance(stage, AdaptInfSelect) else finder
-        faults += [Fault(recipe.where(("stages", number, *path)), message) for path, message in finder(recipe, stage)]
+        finders: dict[str, Any] = {
+            "select": adapt_inf_faults if isinstance(stage, AdaptInfSelect) else select_faults,
+            "sft": _sft_faults,
+            "rl": _rl_faults,
+            "verify": _verify_faults,
+        }
+        found = finders[stage.stage](recipe, stage)
+        faults += [Fault(recipe.where(("stages", number, *path)), message) for path, message in found]
     faults += [Fault(recipe.where(path), message) for path, message in hub_faults(recipe)]
     return faults
 
