@@ -173,6 +173,8 @@ def _check_device(device: str | None, attn_implementation: str | None) -> str:
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     if device is None:
         device = str(accelerator) if accelerator is not None else "cpu"
+        if device != "cpu" and torch.distributed.is_available() and torch.distributed.is_initialized():
+            device = f"{device}:{torch.accelerator.current_device_index()}"  # that of this process
     try:
         kind = torch.device(device).type
     except RuntimeError as error:

@@ -9,19 +9,25 @@ from typing import Any
 
 from .compare import PAGE, publish
 from .content import listed
+from .errors import explain
 from .faults import RecipeError
 from .history import History
+from .lifelong import is_sequence
 from .masking import hide
 from .preflight import check
+from .processes import processes
 from .rl import run_rl
-from .run_folder import RunError, RunFolder
+from .run_folder import Follower, RunError, RunFolder
 from .schema import AdaptInfSelect, Recipe, Rl, Select, Sft
 from .select import run_select
 from .select_adapt_inf import run_adapt_inf
 from .sft import run_sft
 from .steps import Step, steps
+from .trainer_args import given
 from .training import ADAPTER
 from .verify import run_verify
+
+COLLECTIVE_TIMEOUT_S = 1800.0  # transformers' default
 
 
 @dataclass(frozen=True)
@@ -52,14 +58,30 @@ def run(
 
     Raises:
         RecipeError: the recipe cannot run as it stands; nothing was started.
-        RunError: the recipe is a sweep, see `run_sweep`; the folder belongs to another run; or several processes were
-            started. Nothing was written.
+        RunError: the recipe is a sweep, see `run_sweep`, or the folder belongs to another run; nothing was written.
+        AnotherProcessFailed: of those that a launcher has started, see `krontune.recipes.processes`.
+
+    Where a launcher has started several processes, all call it with the same. The first reads and writes the folder,
+    decides what is to be done and does what is no training; the others train along.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise RunError("krontune runs in one process; start it without a launcher, or with --num_processes 1")
     if recipe.sweep:
         raise RunError("the recipe has a sweep, which is many runs; run_sweep runs them")
-    folder = RunFolder(out_dir or Path("runs") / recipe.name, recipe)
+    path, others = Path(out_dir or Path("runs") / recipe.name), processes()
+    try:
+        others.join(_collective_timeout(recipe))
+        if others.first:
+            record = _lead(recipe, path, say, share)
+        else:
+            record = _follow(recipe, Follower(path, recipe))
+        others.collect(None)  # the first leaves last
+        return Run(path, record)
+    except BaseException as error:
+        others.fail(2 if isinstance(error, Exception) and explain(error)[1] else 1)
+        raise
+
+
+def _lead(recipe: Recipe, path: Path, say: Callable[[str], None], share: Sequence[Path]) -> dict[str, Any]:
+    folder = RunFolder(path, recipe)
     todo, history = steps(recipe), History(folder)
     if any(history.changes(step) is not None for step in todo):
         faults = check(recipe)
@@ -79,15 +101,24 @@ def run(
             if changes:
                 kept = folder.aside(step.name).name
                 say(f"{step.name}: {listed(changes)}, runs again; what it made before is kept in {kept}")
+            if folder.processes.count > 1 and _takes_one_process(recipe, step):
+                raise RunError(
+                    f"{step.name}: adapt_inf scores and warms up in one process; run the recipe without a launcher until "
+                    "this stage is done, then go on with one"
+                )
             history.expect(step, say)
+            if isinstance(step.stage, Sft | Rl):
+                folder.processes.agree(lambda name=step.name: name)
             _do(recipe, step, folder)
             seconds = folder.record["stages"][step.name]["seconds"]
             say(f"{step.name}: done in {seconds:.0f} s")
         _publish_adapter(recipe, folder)
         if moved or not (folder.path / PAGE).is_file():
             publish(folder.path)
-    _push(recipe, folder.path, say)
-    return Run(folder.path, folder.record)
+        folder.processes.agree(lambda: None)
+        record = folder.processes.agree(lambda: folder.record)
+    _push(recipe, path, say)
+    return record
 
 
 def _push(recipe: Recipe, path: Path, say: Callable[[str], None]) -> None:
@@ -100,6 +131,28 @@ def _push(recipe: Recipe, path: Path, say: Callable[[str], None]) -> None:
         push(path, say=say)
     except (RunError, ValueError, OSError) as error:
         say(hide(str(error)))
+
+
+def _follow(recipe: Recipe, folder: Follower) -> dict[str, Any]:
+    """Train what the first process trains, until it has no more."""
+    named = {step.name: step for step in steps(recipe)}
+    while (name := folder.processes.agree(_asked_of_the_first)) is not None:
+        _do(recipe, named[name], folder)
+    return folder.processes.agree(_asked_of_the_first)
+
+
+def _asked_of_the_first() -> Any:
+    raise AssertionError("only the first process decides")
+
+
+def _collective_timeout(recipe: Recipe) -> float:
+    """The longest that the recipe gives to a collective; the group of processes is made once for all stages."""
+    stated = [given(stage.trainer).get("ddp_timeout", 0) for stage in recipe.stages if isinstance(stage, Sft | Rl)]
+    return max(stated, default=0) or COLLECTIVE_TIMEOUT_S
+
+
+def _takes_one_process(recipe: Recipe, step: Step) -> bool:
+    return isinstance(step.stage, AdaptInfSelect) or isinstance(step.stage, Sft) and is_sequence(recipe, step.stage)
 
 
 def _do(recipe: Recipe, step: Step, folder: RunFolder) -> None:

@@ -10,7 +10,7 @@ import json
 import shutil
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,6 +21,7 @@ from ..data_selection.selection import write_atomic
 from .run_folder import TRAINER
 
 MARK = "complete.json"
+STATE = "state_{}.json"  # of a process that is not the first
 SAVING = ("save_strategy", "save_steps", "save_total_limit")
 
 # A twentieth of the steps, and of the checkpoints the last two: the one that is written while the other is whole.
@@ -40,6 +41,7 @@ class Checkpoint:
     seconds: float
     """Of training up to here."""
     state: dict[str, Any]
+    processes: int = 1
 
 
 def saving(given: Mapping[str, Any]) -> dict[str, Any]:
@@ -58,8 +60,15 @@ def last_checkpoint(stage: Path, key: str | None) -> Checkpoint | None:
         if mark is None or mark["key"] != key:
             shutil.rmtree(path)
         else:
-            found.append(Checkpoint(path, mark["step"], mark["seconds"], mark["state"]))
+            found.append(Checkpoint(path, mark["step"], mark["seconds"], mark["state"], mark.get("processes", 1)))
     return max(found, key=lambda one: one.step, default=None)
+
+
+def of_rank(last: Checkpoint | None, rank: int) -> Checkpoint | None:
+    """The same with the state of that process."""
+    if last is None or rank == 0:
+        return last
+    return replace(last, state=json.loads((last.path / STATE.format(rank)).read_text(encoding="utf-8")))
 
 
 def _read(path: Path) -> dict[str, Any] | None:
@@ -117,12 +126,18 @@ class Checkpoints(TrainerCallback):
             control.should_save = False
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if control.should_training_stop or args.save_only_model or not state.is_world_process_zero:
+        if control.should_training_stop or args.save_only_model:
             return
         path = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+        if not state.is_world_process_zero:
+            write_atomic(path / STATE.format(args.process_index), json.dumps(self._state(), default=float).encode())
+        self.trainer.accelerator.wait_for_everyone()  # each process has written its files
+        if not state.is_world_process_zero:
+            return
         mark = {
             "key": self.key,
             "step": state.global_step,
+            "processes": args.world_size,
             "seconds": time.monotonic() - self.started,
             "files": {str(file.relative_to(path)): _digest(file) for file in path.rglob("*") if file.is_file()},
             "state": self._state(),

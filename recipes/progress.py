@@ -52,6 +52,8 @@ class Report(TrainerCallback):
         self.progress: Progress | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if not state.is_world_process_zero:
+            return
         self.progress = Progress(self.stage, state.max_steps, start=state.global_step)
         self.progress.update(state.global_step)
 

@@ -1,5 +1,6 @@
 """The rl stage and its controls: GRPO with a verifiable reward, continuing the adapter, through TRL."""
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +74,7 @@ def run_rl(recipe: Recipe, stage: Rl, run: RunFolder, control: str | None = None
     dataset = training_rows(stage, recipe.seed)
     run.add_data(name, rows=len(dataset), sha256=_fingerprint(dataset, task))
     own_task = stage.task is not None and is_own(stage.task.name)
-    reward = monitored(make_reward(stage, task, recipe.seed, control), task, own_task)
+    reward = monitored(make_reward(stage, task, recipe.seed + run.processes.rank, control), task, own_task)
     guard = guard_of(reward)
     # A control that earns nothing has learned nothing, which is an answer, too.
     alarms = checks.Alarms(stop_on_zero=control is None)
@@ -118,7 +119,8 @@ def _reward_after(
     task: CertificateTask | None,
     guard: Guarded | None,
 ) -> dict[str, Any] | None:
-    """How the reward changed; what the checks say of its course is written beside the adapter.
+    """How the reward changed; what the checks say of its course is written beside the adapter. None in a process that
+    writes nothing.
 
     Raises:
         RunError: the training was stopped because nothing earned a reward.
@@ -126,11 +128,14 @@ def _reward_after(
     if alarms.stopped:
         why = f"; the guard says: {guard.last_error}" if guard is not None and guard.last_error else ""
         raise RunError(f"{name}: {alarms.stopped}{why}")
+    counts = run.processes.collect(guard.counts if guard is not None else Counter())  # each scores a part
+    if not run.processes.first:
+        return None
     found = [alarms.result(), checks.collapse(alarms.logs)]
     if task is not None:
         found.append(checks.divergence(alarms.logs, f"{task.name}/all/optimal"))
     if guard is not None:
-        found.append(checks.verifier_health(guard.counts))
+        found.append(checks.verifier_health(sum(counts, Counter())))
     checks.write_report(without_secrets(found), folder / "rlvr_report.json", {"stage": name})
     return _reward_change(run, name)
 

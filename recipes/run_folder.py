@@ -19,6 +19,7 @@ from ..data_selection.selection import write_atomic
 from .content import Inputs, key_of
 from .faults import RecipeError
 from .masking import hidden, hide, learn, masked
+from .processes import processes
 from .schema import Hub, Recipe, Rl, Sft
 from .trainer_args import given
 from .yaml12 import is_plain_text, read
@@ -49,6 +50,7 @@ class RunFolder:
 
     def __init__(self, path: str | Path, recipe: Recipe) -> None:
         self.path, self.recipe = Path(path), recipe
+        self.processes = processes()
         self.recipe_text = recipe_text(recipe)
         self._refuse_other()
         self.record: dict[str, Any] = {"name": recipe.name, "seed": recipe.seed, "stages": {}, "data": {}}
@@ -262,6 +264,30 @@ class RunFolder:
 
     def _write_record(self) -> None:
         write_atomic(self.path / "run.json", json.dumps(hidden(self.record), indent=2).encode())
+
+
+class Follower(RunFolder):
+    """The folder of a run to a process that only trains along: it reads what the first has written, and writes nothing.
+
+    On several machines it has to be one that all of them see.
+    """
+
+    def __init__(self, path: str | Path, recipe: Recipe) -> None:
+        self.path, self.recipe = Path(path), recipe
+        self.processes = processes()
+        self.record: dict[str, Any] = {"stages": {}, "data": {}}
+
+    def key(self, stage: str) -> str | None:
+        return None
+
+    def finish(self, stage: str, **facts: Any) -> None:
+        pass
+
+    def log(self, stage: str, step: int, metrics: dict[str, Any]) -> None:
+        pass
+
+    def add_data(self, name: str, **facts: Any) -> None:
+        pass
 
 
 def recipe_text(recipe: Recipe) -> str:

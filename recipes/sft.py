@@ -35,20 +35,20 @@ def run_sft(recipe: Recipe, stage: Sft, run: RunFolder, control: str | None = No
             processing_class=tokenizer,
             callbacks=[checkpoints, Report(name, run, shown=("loss",))],
         )
-    _say_what_is_cut(name, len(rows), trainer)
+    _say_what_is_cut(name, len(rows), trainer, run.processes.first)
     longest = trainer.args.max_length or max(map(len, dataset["input_ids"]))
     truncated = sum(len(ids) > longest for ids in dataset["input_ids"])
     run.add_data(name, rows=len(rows), sha256=fingerprint(rows), truncated=truncated, kept=len(trainer.train_dataset))
     train(trainer, run, name, folder, tokenizer, checkpoints)
 
 
-def _say_what_is_cut(name: str, rows: int, trainer: Any) -> None:
+def _say_what_is_cut(name: str, rows: int, trainer: Any, aloud: bool) -> None:
     """TRL drops the rows that have nothing left to learn within `max_length`, and says so only in its log."""
     kept = len(trainer.train_dataset)
     dropped = f"{name}: {rows - kept} of {rows} rows have nothing to learn within max_length {trainer.args.max_length}"
     if not kept:
         raise RunError(f"{dropped}; give a larger max_length under trainer")
-    if kept < rows:
+    if kept < rows and aloud:
         print(f"{dropped}, and are left out", file=sys.stderr)
 
 

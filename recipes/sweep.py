@@ -13,6 +13,7 @@ from .errors import explain
 from .faults import RecipeError
 from .loader import point
 from .preflight import check
+from .processes import processes
 from .run_folder import RunError, WrongFolder
 from .schema import Recipe
 
@@ -58,8 +59,13 @@ def run_sweep(recipe: Recipe, out_dir: str | Path | None = None, say: Callable[[
     Raises:
         RecipeError: a point cannot run as it stands; nothing was started.
         WrongFolder: the folder holds a single run.
-        RunError: points failed; the others are finished.
+        RunError: points failed; the others are finished. Or a launcher has started several processes.
     """
+    if processes().count > 1:
+        raise RunError(
+            "a sweep runs its points in one process; to run them in several, launch them one by one, with the values "
+            "as overrides and without sweep"
+        )
     folder = Path(out_dir or Path("runs") / recipe.name)
     if (folder / "recipe.yaml").is_file():
         raise WrongFolder(f"{folder} holds a single run. Nothing was changed. Give another folder with --out.")

@@ -1,5 +1,6 @@
 """What the sft and rl stages share: base and adapter, and arguments of TRL's trainers."""
 
+import hashlib
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -8,10 +9,11 @@ from typing import Any
 
 import torch
 from peft import PeftModel, get_peft_model
+from torch.distributed.tensor import DTensor
 from transformers import PrinterCallback, Trainer, set_seed
 
 from ..adapters import MokaConfig, load_base
-from .checkpoints import Checkpoint, Checkpoints, last_checkpoint, remove_checkpoints, saving
+from .checkpoints import Checkpoint, Checkpoints, last_checkpoint, of_rank, remove_checkpoints, saving
 from .precision import recipe_plan, save_plan
 from .run_folder import TRAINER, RunError, RunFolder
 from .schema import Adapter, BaseModelSection, Recipe
@@ -77,13 +79,30 @@ def exact_parameters(model: torch.nn.Module) -> Iterator[None]:
 
 
 def begin(run: RunFolder, stage: str) -> tuple[Path, Checkpoint | None]:
-    """The folder of a training stage, and the checkpoint to go on from, which a cut attempt left there."""
+    """The folder of a training stage, and the checkpoint to go on from, which a cut attempt left there.
+
+    Raises:
+        RunError: that attempt had another number of processes.
+    """
+    last = run.processes.agree(lambda: _begin(run, stage))
+    return run.path / stage, of_rank(last, run.processes.rank)
+
+
+def _begin(run: RunFolder, stage: str) -> Checkpoint | None:
     finished = (run.path / stage / "done").is_file()  # it is moved aside with what it holds
     last = None if finished else last_checkpoint(run.path / stage, run.key(stage))
     if last is None:
-        return run.begin(stage), None
+        run.begin(stage)
+        return None
+    if last.processes != run.processes.count:
+        raise RunError(
+            f"{stage} was cut after step {last.step} of a run in {last.processes} process(es), and this run has "
+            f"{run.processes.count}: its batches would be others. Run it in {last.processes}, or delete "
+            f"{run.path / stage} to begin the stage again."
+        )
     print(f"{stage}: goes on after step {last.step}", file=sys.stderr)
-    return run.begin(stage, keep=(TRAINER,), step=last.step, seconds=last.seconds), last
+    run.begin(stage, keep=(TRAINER,), step=last.step, seconds=last.seconds)
+    return last
 
 
 def train(
@@ -103,16 +122,42 @@ def train(
     checkpoints.trainer = trainer
     trainer.train(resume_from_checkpoint=str(checkpoints.last.path) if checkpoints.last else None)
     model: Any = trainer.model
-    if not all(torch.isfinite(p).all() for p in model.parameters() if p.requires_grad):
+    if not _all_finite(model):
         raise RunError(
             f"{stage}: the adapter is not finite after training (NaN or infinity), so it was not kept; lower "
             "learning_rate, or look at the loss in metrics.jsonl"
         )
-    model.save_pretrained(str(folder / ADAPTER))
-    tokenizer.save_pretrained(str(folder / ADAPTER))
-    save_plan(run.path, folder / ADAPTER)
+    sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
+    # Gathered from the shards of all processes.
+    state = trainer.accelerator.get_state_dict(trainer.model_wrapped) if sharded else None
+    if run.processes.first:
+        model.save_pretrained(str(folder / ADAPTER), state_dict=state)
+        tokenizer.save_pretrained(str(folder / ADAPTER))
+        save_plan(run.path, folder / ADAPTER)
     trained, total = model.get_nb_trainable_parameters()
-    found = {name: fact() for name, fact in facts.items()}
+    found = _several(model, run, stage, sharded) | {name: fact() for name, fact in facts.items()}
     run.finish(stage, steps=trainer.state.global_step, trainable_parameters=trained, parameters=total, **found)
-    if not checkpoints.asked_for:
+    if run.processes.first and not checkpoints.asked_for:
         remove_checkpoints(folder)
+
+
+def _several(model: torch.nn.Module, run: RunFolder, stage: str, sharded: bool) -> dict[str, Any]:
+    """In how many processes the stage ran, where in more than one; and whether all came to the same adapter."""
+    if run.processes.count == 1:
+        return {}
+    if sharded:
+        return {"processes": run.processes.count}
+    digest = hashlib.sha256()
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    same = len(set(run.processes.collect(digest.digest()))) <= 1
+    if not same:
+        print(f"{stage}: the processes ended with different adapters; that of the first is kept", file=sys.stderr)
+    return {"processes": run.processes.count, "same_adapter_in_all": same}
+
+
+def _all_finite(model: torch.nn.Module) -> bool:
+    """Of the trained parameters; of sharded ones, those of this process."""
+    trained = (p for p in model.parameters() if p.requires_grad)
+    return all(torch.isfinite(p.to_local() if isinstance(p, DTensor) else p).all() for p in trained)

@@ -1,5 +1,6 @@
 """The command line. Nothing heavy is imported before a verb needs it."""
 
+import os
 import sys
 import traceback
 from collections.abc import Callable
@@ -118,22 +119,40 @@ def run(
     recipe: RecipeName,
     overrides: Overrides = None,
     out: Annotated[Path | None, typer.Option("--out", help="Run folder (default: runs/<name of the recipe>).")] = None,
+    launch: Annotated[
+        str | None,
+        typer.Option(
+            "--launch",
+            help='Run in several processes, with these options of `accelerate launch`; "ddp" or "fsdp2" as the first '
+            "word takes a configuration that comes with krontune.",
+        ),
+    ] = None,
     show_traceback: Traceback = False,
 ) -> None:
     """Run a recipe; run it again to go on where it was cut."""
 
     def body() -> None:
         from krontune.recipes import load
-        from krontune.recipes import run as run_recipe
-        from krontune.recipes.report import print_report
 
         loaded = load(recipe, overrides or ())
+        if launch is not None:
+            from krontune.recipes.launch import launch as launch_again
+
+            options = (["--out", str(out)] if out else []) + (["--traceback"] if show_traceback else [])
+            sys.exit(launch_again(launch, [*options, "--", recipe, *(overrides or ())]))
+        from krontune.recipes import run as run_recipe
+        from krontune.recipes.processes import processes
+        from krontune.recipes.report import print_report
+
         if loaded.sweep:
             from krontune.recipes.sweep import run_sweep
 
             run_sweep(loaded, out, say=typer.echo)
-        else:
-            print_report(run_recipe(loaded, out, say=typer.echo))
+            return
+        finished = run_recipe(loaded, out, say=typer.echo)
+        if processes().first:
+            print_report(finished)
+        processes().leave()
 
     _guarded(body, show_traceback)
 
@@ -282,18 +301,29 @@ def _guarded(body: Callable[[], Any], show_traceback: bool) -> None:
 
 
 def _fail(message: str, code: int, show_traceback: bool) -> None:
+    """Of several processes, the first that fails says why, and all end with its code."""
     from krontune.recipes.masking import hide
+    from krontune.recipes.processes import processes
 
+    others = processes()
+    speaks, code = others.fail(code)
+    if not speaks:
+        others.wait_until_told()
+        sys.stdout.flush()
+        os._exit(code)
     if show_traceback:
         typer.echo(hide(traceback.format_exc()), err=True, nl=False)
-    typer.echo(hide(message), err=True)
+    typer.echo(hide(message if others.first else f"process {others.rank} of {others.count}: {message}"), err=True)
+    others.told()
+    if others.count > 1:
+        sys.stdout.flush()
+        os._exit(code)  # whatever of the collectives still waits for another process would keep this one
     sys.exit(code)
 
 
 def _settle_libraries() -> None:
     """Keep the libraries' progress bars and advice off the terminal, and their threads from fighting over cores."""
     import logging
-    import os
     import warnings
 
     # A thread that waits by spinning takes the core from the one it waits for wherever the machine is shared.
@@ -305,6 +335,9 @@ def _settle_libraries() -> None:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=DeprecationWarning)
+    if os.environ.get("RANK", "0") != "0":  # of several processes one is enough to say it
+        warnings.filterwarnings("ignore")
+        logging.disable(logging.WARNING)
 
 
 def main() -> None:

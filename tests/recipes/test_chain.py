@@ -8,7 +8,7 @@ import pytest
 from krontune.recipes import chain
 from krontune.recipes.faults import Fault, RecipeError
 from krontune.recipes.loader import load
-from krontune.recipes.run_folder import RunError, RunFolder, WrongFolder
+from krontune.recipes.run_folder import RunFolder, WrongFolder
 
 ALL = ["select", "sft", "rl", "verify"]
 
@@ -182,10 +182,3 @@ def test_a_run_is_pushed_at_its_end_and_a_push_that_fails_does_not_fail_it(small
     assert (run.adapter / "weights").read_text() == "rl"
     chain.run(load(small), tmp_path / "other", say=said.append)
     assert len(pushed) == 1
-
-
-def test_several_processes_are_refused(recipe, tmp_path, stages, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(RunError, match="one process"):
-        chain.run(recipe, tmp_path / "run")
-    assert stages.started == [] and not (tmp_path / "run").exists()
