@@ -262,7 +262,7 @@ stages:
     instances: 4
     reward: random
     credit: {horizon: [2, 8], credit_truncated: true, head_refresh: 2}
-    trainer: {max_steps: 2, per_device_train_batch_size: 2, num_generations: 4, max_completion_length: 12, save_steps: 1}
+    trainer: {max_steps: 2, per_device_train_batch_size: 2, num_generations: 4, max_completion_length: 9, save_steps: 1}
   - stage: verify
     instances: 4
     max_new_tokens: 8
