@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import sys
 import time
 from collections.abc import Callable
 from datetime import timedelta
@@ -45,6 +46,8 @@ class Processes:
         import torch
         from accelerate import PartialState
 
+        if self.first and not torch.accelerator.is_available() and os.environ.get("ACCELERATE_USE_FSDP") == "true":
+            print("no accelerator: on a CPU nothing is sharded, the processes train as with ddp", file=sys.stderr)
         PartialState(cpu=not torch.accelerator.is_available(), timeout=timedelta(seconds=timeout_s))
 
     def agree(self, make: Callable[[], T]) -> T:
