@@ -11,6 +11,7 @@ from ..rl import (
     CertificateReward,
     CertificateTask,
     Guarded,
+    MismatchGuard,
     Risk,
     TokenCredit,
     TokenCreditGRPOTrainer,
@@ -78,6 +79,7 @@ def run_rl(recipe: Recipe, stage: Rl, run: RunFolder, control: str | None = None
     guard = guard_of(reward)
     # A control that earns nothing has learned nothing, which is an answer, too.
     alarms = checks.Alarms(stop_on_zero=control is None)
+    apart = None if stage.max_mismatch is None else MismatchGuard(stage.max_mismatch)
     known: dict[str, Stateful] = {"alarms": alarms}
     inner = reward.reward if isinstance(reward, checks.Monitored) else reward
     if isinstance(inner, Guarded | RandomReward | CertificateReward):
@@ -94,11 +96,16 @@ def run_rl(recipe: Recipe, stage: Rl, run: RunFolder, control: str | None = None
                 risk=make_risk(stage),
                 train_dataset=dataset,
                 processing_class=tokenizer,
-                callbacks=[checkpoints, Report(name, run, shown=shown), alarms],
+                callbacks=[checkpoints, Report(name, run, shown=shown), alarms, *([apart] if apart else [])],
                 dense_rollouts=recipe.base.dense_generation,
                 share_prompts=stage.share_prompts,
             )
-        outcome = lambda: _reward_after(run, name, alarms, folder, task, guard)  # noqa: E731
+
+        def outcome() -> dict[str, Any] | None:
+            if apart is not None and apart.stopped:
+                raise RunError(f"{name}: stopped at {apart.stopped} (max_mismatch)")
+            return _reward_after(run, name, alarms, folder, task, guard)
+
         train(trainer, run, name, folder, tokenizer, checkpoints, reward=outcome)
     finally:
         if guard is not None:

@@ -460,8 +460,22 @@ class Rl(Section):
     """The adapter to begin with where no sft stage came before; else that stage's is continued."""
     share_prompts: bool = False
     """Compute the prompt that the completions of a group share once; needs eager or sdpa attention."""
+    max_mismatch: float | None = Field(default=None, gt=0)
+    """Stop where vLLM, which samples, and the model that learns differ by more, in nats a token; see
+    krontune.rl.MismatchGuard. null only logs it."""
     trainer: GrpoTrainerArgs = GrpoTrainerArgs()  # pyright: ignore[reportInvalidTypeForm]
     """Any field of trl.GRPOConfig."""
+
+    @model_validator(mode="after")
+    def _measures_what_it_limits(self) -> "Rl":
+        trainer: Any = self.trainer
+        measured = trainer.use_vllm and trainer.vllm_importance_sampling_correction is not False
+        if self.max_mismatch is not None and not measured:
+            raise ValueError(
+                "max_mismatch limits what is measured with use_vllm: true alone, and not with "
+                "vllm_importance_sampling_correction: false"
+            )
+        return self
 
 
 class Verify(Section):

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from .evaluation import Evaluation, Rate, heuristic_table, score
     from .heads import HeadSplit
     from .likelihood import answer_probabilities
+    from .mismatch import MismatchGuard
     from .rewards import CertificateReward, Guarded, MathReward
     from .rhythm import attention_rhythm, probe
     from .risk import Risk
@@ -28,6 +29,7 @@ _HOME = {
     "score": ".evaluation",
     "HeadSplit": ".heads",
     "answer_probabilities": ".likelihood",
+    "MismatchGuard": ".mismatch",
     "CertificateReward": ".rewards",
     "Guarded": ".rewards",
     "MathReward": ".rewards",
@@ -50,6 +52,7 @@ __all__ = [
     "Guarded",
     "HeadSplit",
     "MathReward",
+    "MismatchGuard",
     "Rate",
     "Risk",
     "RlError",
