@@ -47,7 +47,7 @@ def test_a_recipe_limits_only_what_is_measured(tmp_path):
 
     file = tmp_path / "r.yaml"
     file.write_text(
-        "name: r\nbase: {model: m}\nstages: [{stage: rl, task: {name: lis}, adapter: {}, max_mismatch: 0.1}]\n"
+        "name: r\nbase: {model: m}\nstages: [{stage: rl, task: {name: lis, n: [3, 4]}, adapter: {}, max_mismatch: 0.1}]\n"
     )
     for overrides in ([], ["stages.rl.trainer={use_vllm: true, vllm_importance_sampling_correction: false}"]):
         with pytest.raises(RecipeError, match="max_mismatch limits what is measured with use_vllm: true alone"):
