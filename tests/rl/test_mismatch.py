@@ -46,9 +46,8 @@ def test_a_recipe_limits_only_what_is_measured(tmp_path):
     from krontune.recipes import RecipeError, load
 
     file = tmp_path / "r.yaml"
-    file.write_text(
-        "name: r\nbase: {model: m}\nstages: [{stage: rl, task: {name: lis, n: [3, 4]}, adapter: {}, max_mismatch: 0.1}]\n"
-    )
+    stage = "{stage: rl, task: {name: lis, n: [3, 4]}, adapter: {}, max_mismatch: 0.1}"
+    file.write_text(f"name: r\nbase: {{model: m}}\nstages: [{stage}]\n")
     for overrides in ([], ["stages.rl.trainer={use_vllm: true, vllm_importance_sampling_correction: false}"]):
         with pytest.raises(RecipeError, match="max_mismatch limits what is measured with use_vllm: true alone"):
             load(file, overrides)
