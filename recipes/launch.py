@@ -83,6 +83,7 @@ def main(arguments: Sequence[str]) -> int:
     if asked.num_processes is None and asked.config_file in [str(config_path(name)) for name in CONFIGS]:
         asked.num_processes = max(torch.accelerator.device_count(), 1)
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
         launch_command(asked)
     except ChildFailedError as error:

@@ -1,6 +1,7 @@
 """The command line. Nothing heavy is imported before a verb needs it."""
 
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Callable
@@ -306,6 +307,9 @@ def _fail(message: str, code: int, show_traceback: bool) -> None:
     from krontune.recipes.processes import processes
 
     others = processes()
+    if others.count > 1:  # the launcher passes on what the terminal has sent already
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)
     speaks, code = others.fail(code)
     if not speaks:
         others.wait_until_told()
@@ -342,8 +346,6 @@ def _settle_libraries() -> None:
 
 
 def main() -> None:
-    import signal
-
     # A batch system's time limit ends like Ctrl-C: with a word, and with what is finished kept.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     app()
