@@ -103,8 +103,8 @@ def _lead(recipe: Recipe, path: Path, say: Callable[[str], None], share: Sequenc
                 say(f"{step.name}: {listed(changes)}, runs again; what it made before is kept in {kept}")
             if folder.processes.count > 1 and _takes_one_process(recipe, step):
                 raise RunError(
-                    f"{step.name}: adapt_inf scores and warms up in one process; run the recipe without a launcher until "
-                    "this stage is done, then go on with one"
+                    f"{step.name}: adapt_inf scores and warms up in one process; run the recipe without a launcher "
+                    "until this stage is done, then go on with one"
                 )
             history.expect(step, say)
             if isinstance(step.stage, Sft | Rl):

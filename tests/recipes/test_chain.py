@@ -8,7 +8,7 @@ import pytest
 from krontune.recipes import chain
 from krontune.recipes.faults import Fault, RecipeError
 from krontune.recipes.loader import load
-from krontune.recipes.run_folder import RunFolder, WrongFolder
+from krontune.recipes.run_folder import RunError, RunFolder, WrongFolder
 
 ALL = ["select", "sft", "rl", "verify"]
 
