@@ -329,7 +329,7 @@ def test_two_processes_of_accelerate_launch_train_as_one_and_a_cut_run_goes_on(t
 
 @pytest.mark.slow
 def test_a_run_that_fails_in_several_processes_ends_with_one_message_and_the_exit_code(tiny):
-    stage = "{stage: sft, data: {puzzles: [lis], size: 4}, trainer: {max_steps: 1, learning_rate: 1e30}}"
+    stage = "{stage: sft, data: {puzzles: [lis], size: 4}, trainer: {max_steps: 3, learning_rate: 1e30}}"
     failed = started("--out", "bad", *DRIVER, f"stages=[{stage}]")
     assert failed.returncode == 1 and failed.stderr.count("is not finite after training") == 1, failed.stderr[-3000:]
     assert "Traceback" not in failed.stderr and not Path("bad/sft/done").exists()
