@@ -105,7 +105,8 @@ class MokaConfig(PeftConfig):
 
     def to_dict(self) -> dict[str, Any]:
         """As saved: the embedded base goes by its Hub id, as a folder of a cache means nothing elsewhere."""
-        return {**super().to_dict(), "base_model_name_or_path": to_hub_id(self.base_model_name_or_path)}
+        found = {key: sorted(value) if isinstance(value, set) else value for key, value in super().to_dict().items()}
+        return {**found, "base_model_name_or_path": to_hub_id(self.base_model_name_or_path)}
 
     def alpha_of(self, r: int, pattern: str | None = None) -> float:
         """The scale of a layer of r products where neither `alpha` nor `alpha_pattern` names one."""

@@ -4,6 +4,7 @@ transformers quantises a whole model one way at load. Here the model is loaded p
 modules are replaced one by one, so that the accelerator never holds more than the plan's weights.
 """
 
+import dataclasses
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -54,7 +55,8 @@ def bit_plan(
     base, tokenizer = load_base(model, None, **options)
     windows = None if scorer == "zd" else sample_windows(texts, tokenizer, tokens)
     scores = score_layers(base, scorer, windows, min(levels))
-    return make_plan(base, scorer, scores, levels, avg_bits, model=str(model), windows=windows)
+    plan = make_plan(base, scorer, scores, levels, avg_bits, model=str(model), windows=windows)
+    return dataclasses.replace(plan, revision=options.get("revision"))
 
 
 def make_plan(

@@ -156,6 +156,8 @@ class BitPlan:
     """Of all these weights as stored, with the scales that quantisation adds."""
     sample: dict[str, Any] | None = None
     """Of the text that lim and nll read: tokens, and a fingerprint."""
+    revision: str | None = None
+    """Of the model."""
 
     @property
     def average_bits(self) -> float:

@@ -91,7 +91,7 @@ def measure(setting: dict, folder: Path) -> int:
 
     recipe = recipe_of(setting)
     [stage] = recipe.stages
-    model, tokenizer = new_adapter(recipe, stage.adapter)
+    model, tokenizer = new_adapter(recipe, stage.adapter, folder)
     ids = torch.arange(100, 108)[None]
     model.train()
     model(input_ids=ids, labels=ids).loss.backward()

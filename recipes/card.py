@@ -96,7 +96,8 @@ def _datasets(recipe: dict[str, Any]) -> Iterator[str]:
     named = [(recipe.get("hub") or {}).get("dataset")]
     for stage in recipe["stages"]:
         named.append(stage.get("push"))
-        sources = stage.get("data") if isinstance(stage.get("data"), list) else []
+        sources = [one for key in ("data", "raw") if isinstance(stage.get(key), list) for one in stage[key]]
+        sources += [one for skill in stage.get("datasets") or [] for one in skill["raw"]]
         named += [source["hub"] for source in sources if isinstance(source, dict) and "hub" in source]
     yield from dict.fromkeys(name for name in named if name and _hub_id(name))
 

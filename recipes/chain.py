@@ -1,12 +1,13 @@
 """Run a recipe: its stages in order, each once."""
 
-import os
+import hashlib
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .card import CARD
 from .compare import PAGE, publish
 from .content import listed
 from .errors import explain
@@ -14,6 +15,7 @@ from .faults import RecipeError
 from .history import History
 from .lifelong import is_sequence
 from .masking import hide
+from .precision import recipe_plan
 from .preflight import check
 from .processes import processes
 from .rl import run_rl
@@ -107,6 +109,8 @@ def _lead(recipe: Recipe, path: Path, say: Callable[[str], None], share: Sequenc
                     "until this stage is done, then go on with one"
                 )
             history.expect(step, say)
+            if folder.processes.count > 1 and not isinstance(step.stage, Select):
+                recipe_plan(recipe.base, path)  # which the others then read
             if isinstance(step.stage, Sft | Rl):
                 folder.processes.agree(lambda name=step.name: name)
             _do(recipe, step, folder)
@@ -169,17 +173,21 @@ def _do(recipe: Recipe, step: Step, folder: RunFolder) -> None:
 
 
 def _publish_adapter(recipe: Recipe, folder: RunFolder) -> None:
-    """Copy the last trained adapter to where users look for it."""
+    """Copy the last trained adapter to where users look for it, unless it is there; where nothing is trained, remove
+    what an earlier recipe put there."""
+    public, beside = folder.path / ADAPTER, folder.path / f".{ADAPTER}"
     trained = [stage.stage for stage in recipe.stages if stage.stage in ("sft", "rl")]
-    if not trained:
+    source = folder.path / trained[-1] / ADAPTER if trained else None
+    if source is not None and _files_of(public) == _files_of(source):
         return
-    source = folder.path / trained[-1]
-    if (folder.path / ADAPTER).is_dir():
-        if (folder.path / ADAPTER).stat().st_mtime >= (source / "done").stat().st_mtime:
-            return
-        shutil.rmtree(folder.path / ADAPTER)
-    beside = folder.path / f".{ADAPTER}"
-    shutil.rmtree(beside, ignore_errors=True)
-    shutil.copytree(source / ADAPTER, beside)
-    os.utime(beside)  # copytree keeps the times of its source
-    beside.rename(folder.path / ADAPTER)
+    shutil.rmtree(public, ignore_errors=True)
+    if source is not None:
+        shutil.rmtree(beside, ignore_errors=True)
+        shutil.copytree(source, beside)
+        beside.rename(public)
+
+
+def _files_of(adapter: Path) -> dict[str, str]:
+    """The digest of each file but the card, which is written anew where the adapter is published."""
+    found = (path for path in adapter.glob("*") if path.is_file() and path.name != CARD)
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in found}

@@ -18,6 +18,7 @@ from transformers import TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..data_selection.selection import write_atomic
+from .masking import hidden
 from .run_folder import TRAINER
 
 MARK = "complete.json"
@@ -152,7 +153,7 @@ class Checkpoints(TrainerCallback):
             "last_logged": trainer._globalstep_last_logged,
             "metrics": dict(trainer._metrics["train"]),
             "tokens": trainer._total_train_tokens,
-            "objects": {name: one.state_dict() for name, one in self.objects.items()},
+            "objects": {name: hidden(one.state_dict()) for name, one in self.objects.items()},
         }
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:

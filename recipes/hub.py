@@ -82,7 +82,11 @@ def push(
         repo, dataset = given.get("repo"), given.get("dataset")
     if repo is None and dataset is None:
         raise RunError("nothing says where to push: give --repo owner/name, or hub: {repo: owner/name} in the recipe")
-    cut = [name for name in run.stages if not (run.path / name / "done").is_file()]
+    cut = [
+        name
+        for name in dict.fromkeys([*run.stages, *_step_names(run.recipe)])
+        if not (run.path / name / "done").is_file()
+    ]
     if cut:
         raise RunError(f"{run.path}: {', '.join(cut)} is not done; go on with the run first, and push then")
     settings = (bool(given.get("private", True) if private is None else private), overwrite, say)
@@ -93,6 +97,13 @@ def push(
     if repo is not None:
         done.append(_push_files(run.path, "model", repo, _adapter_files(run, repo, base_model, say), *settings))
     return done
+
+
+def _step_names(recipe: dict[str, Any]) -> Iterator[str]:
+    """Of the stages and their controls; one that runs anew is in no record until it is done."""
+    for stage in recipe["stages"]:
+        yield stage["stage"]
+        yield from (f"{stage['stage']}-{control}" for control in stage.get("controls") or ())
 
 
 # ---------------------------------------------------------------- what is pushed

@@ -60,6 +60,11 @@ def _plain_faults(recipe: Recipe, wanted: dict[str, tuple[str, str]]) -> Found:
         yield ("hub", "repo"), "there is no adapter to push: none of the stages trains one; leave repo out"
     if "dataset" in wanted and "select" not in kinds:
         yield ("hub", "dataset"), "there are no rows to push: only a select stage picks them; leave dataset out"
+    if "dataset" in wanted and any(getattr(stage, "datasets", None) for stage in recipe.stages):
+        yield (
+            ("hub", "dataset"),
+            "over datasets the picks depend on the training and are not pushed; leave it out",
+        )
     if "dataset" in wanted and any(getattr(stage, "push", None) for stage in recipe.stages):
         yield ("hub", "dataset"), "the key 'push' of the select stage pushes the same rows; leave one of them out"
     given = recipe.hub.base_model

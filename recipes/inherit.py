@@ -9,7 +9,7 @@ from .yaml12 import Document, kind_of, read
 from .yaml12 import Path as Place
 
 KEY = "extends"
-OWN = ("name", "description", "sweep")  # of each recipe; two recipes of one name would share a run folder
+OWN = ("name", "description", "sweep", "hub")  # of each recipe: two would share a run folder, or a repository
 WHOLE = ("raw", "target", "data")  # replaced as they stand: two kinds of source do not mix
 ORDER = ("select", "dedup", "sft", "rl", "verify")
 

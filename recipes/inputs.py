@@ -8,7 +8,7 @@ from typing import Any
 from .checkpoints import SAVING
 from .content import Digests, Inputs, key_of
 from .lifelong import is_sequence
-from .masking import masked
+from .masking import hidden
 from .own import is_own, source_of
 from .schema import AdaptInfSelect, Columns, HubRows, Recipe, Rl, RowSource, Select, Sft, Source
 from .select import BALANCED, CONTROL, SELECTED
@@ -39,7 +39,8 @@ def settings_of(recipe: Recipe, step: Step) -> Inputs:
         found["select"] = _section(recipe.stage("select"))
     if step.stage.stage == "verify" and (rl := recipe.stage("rl")) is not None:
         found["rl"] = _section(rl)
-    return masked(json.loads(json.dumps(found, default=str)))  # it is written down
+    # Written down: without secrets, and with every other value, whatever its key is called.
+    return hidden(json.loads(json.dumps(found, default=str)))
 
 
 def _section(stage: Any) -> dict[str, Any]:
@@ -74,6 +75,9 @@ def _files(recipe: Recipe, step: Step) -> Iterator[Path]:
         yield from _paths(sources)
     elif isinstance(stage, Sft):
         yield from () if isinstance(stage.data, str) else _paths(stage.data)
+        select = recipe.stage("select")
+        if is_sequence(recipe, stage) and select.adapter_from is not None:  # with which every policy begins
+            yield from sorted(Path(select.adapter_from).glob("adapter_*"))
     else:
         rl = recipe.stage("rl") if stage.stage == "verify" else stage
         named = [one.task.name for one in (stage, rl) if one is not None and one.task is not None]

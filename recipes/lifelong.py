@@ -22,6 +22,7 @@ from ..data_selection import Store, score_samples
 from ..data_selection.lifelong import MODEL, lifelong
 from ..data_selection.performance import answer_performance
 from ..data_selection.selection import write_atomic
+from .precision import save_plan
 from .progress import Report
 from .rows import Row, fingerprint, tokenize
 from .run_folder import RunError, RunFolder
@@ -65,6 +66,7 @@ def run_lifelong(recipe: Recipe, stage: Sft, run: RunFolder, control: str | None
         key=key,
     )
     shutil.copytree(folder / STEPS / f"step-{len(data) - 1:02d}" / MODEL, folder / ADAPTER)
+    save_plan(recipe.base, run.path, folder / ADAPTER)
     trained, total = learner.model.get_nb_trainable_parameters()
     facts = {"budget": budget, "keep": select.keep, "lifelong": found.to_dict()}
     steps = sum(learner.steps(min(budget, sum(counts.values()))) for counts in found.picked)

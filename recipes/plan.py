@@ -14,6 +14,7 @@ from rich.table import Table
 
 from . import needs
 from .data_faults import Seen, source_faults
+from .lifelong import is_sequence
 from .memory import (
     Memory,
     adapter_bytes,
@@ -30,7 +31,7 @@ from .rendered import load_tokenizer, longest_prompt
 from .rl import make_task, training_rows
 from .rows import read_sources, tokenize
 from .run_folder import recipe_text
-from .schema import Adapter, Recipe, Rl, Select, Sft, Verify
+from .schema import Adapter, AdaptInfSelect, Recipe, Rl, Select, Sft, Verify
 from .targets import ConfigError, Targets, context_of, meta_model, targets_of
 from .trainer_args import value_of
 
@@ -107,7 +108,13 @@ class _Planner:
         self.targets: Targets | None = None if self.model is None else targets_of(recipe.base, self.adapter)
 
     def plan(self) -> Plan:
-        own: dict[type, Any] = {Select: self.select, Sft: self.sft, Rl: self.rl, Verify: self.verify}
+        own: dict[type, Any] = {
+            Select: self.select,
+            AdaptInfSelect: self.adapt_inf,
+            Sft: self.sft,
+            Rl: self.rl,
+            Verify: self.verify,
+        }
         stages = [
             own[type(stage)](stage) if type(stage) in own else StagePlan(stage.stage) for stage in self.recipe.stages
         ]
@@ -121,6 +128,10 @@ class _Planner:
             self.picked = int(stage.k * pool)
         return StagePlan("select", rows=self.picked)
 
+    def adapt_inf(self, stage: AdaptInfSelect) -> StagePlan:
+        self.picked = stage.k if isinstance(stage.k, int) else None
+        return StagePlan("select", rows=self.picked, steps=stage.warm_up.steps)
+
     def sft(self, stage: Sft) -> StagePlan:
         trainer = stage.trainer
         longest = value_of(trainer, "max_length") or context_of(self.recipe.base) or 0
@@ -131,6 +142,8 @@ class _Planner:
         known = [min(length, longest) for length in lengths or () if length is not None]
         batch = value_of(trainer, "per_device_train_batch_size") * value_of(trainer, "gradient_accumulation_steps")
         steps = _steps(trainer, rows, batch)
+        if steps is not None and is_sequence(self.recipe, stage):
+            steps *= len(self.recipe.stage("select").datasets)
         mean = sum(known) / len(known) if known else longest
         tokens = None if steps is None else round(steps * batch * mean)
         tokens_are = "bound" if not known else "counted" if len(known) == rows else "estimated"

@@ -22,8 +22,8 @@ def recipe_plan(base: BaseModelSection, run: Path) -> BitPlan | None:
     tokens = None if asked.scorer == "zd" else whole_rows(asked.tokens)
     if (run / PLAN).is_file():
         kept = BitPlan.load(run / PLAN)
-        same = (kept.model, kept.scorer, kept.levels, kept.avg_bits, (kept.sample or {}).get("tokens"))
-        if same == (base.model, asked.scorer, tuple(asked.levels), asked.avg_bits, tokens):
+        same = (kept.model, kept.revision, kept.scorer, kept.levels, kept.avg_bits, (kept.sample or {}).get("tokens"))
+        if same == (base.model, base.revision, asked.scorer, tuple(asked.levels), asked.avg_bits, tokens):
             return kept
     prose = (row["text"] for row in source_rows(Shipped(shipped="prose"), "prose"))
     plan = bit_plan(
@@ -41,12 +41,12 @@ def recipe_plan(base: BaseModelSection, run: Path) -> BitPlan | None:
     return plan
 
 
-def save_plan(run: Path, adapter: Path) -> None:
+def save_plan(base: BaseModelSection, run: Path, adapter: Path) -> None:
     """Put the run's plan, if it has one, beside an adapter, so that who loads it finds the base that it stands on.
 
     The adapter may be published, so of a model's folder only the name is kept.
     """
-    if not (run / PLAN).is_file():
+    if base.precision is None:
         return
     plan = BitPlan.load(run / PLAN)
     is_path = Path(plan.model).expanduser().exists() or plan.model.startswith((".", "/", "~"))

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -46,7 +47,8 @@ class Prober:
 
     def load(self) -> Any:
         if self.model is None:
-            self.model, _ = new_adapter(self.recipe, self.adapter, Path())
+            with TemporaryDirectory() as run:  # for a bit plan, which is the run's to keep
+                self.model, _ = new_adapter(self.recipe, self.adapter, Path(run))
         return self.model
 
     def training(self, trainer: Any, lines: int, length: int) -> float:

@@ -178,7 +178,7 @@ class RunFolder:
         (self.path / stage / BEGUN).unlink(missing_ok=True)
 
     def _mark(self, stage: str, mark: dict[str, Any]) -> None:
-        write_atomic(self.path / stage / "done", json.dumps(mark).encode())
+        write_atomic(self.path / stage / "done", json.dumps(hidden(mark)).encode())
 
     def set_aside(self, stage: str) -> Path | None:
         """Move a finished stage to a folder named after what it was made from, with its metrics; None where there is

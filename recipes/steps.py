@@ -23,7 +23,7 @@ def steps(recipe: Recipe) -> list[Step]:
     for stage in recipe.stages:
         adapters = tuple(step.name for step in found if isinstance(step.stage, Sft | Rl))
         if isinstance(stage, AdaptInfSelect):
-            own = stage.adapter_from is not None or not adapters
+            own = stage.adapter_from is not None or "sft" not in adapters
             found.append(Step("select", stage, needs=() if own else ("sft",)))
         elif isinstance(stage, Select):
             found.append(Step("select", stage))

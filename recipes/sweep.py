@@ -10,7 +10,7 @@ from typing import Any
 from .chain import Run, run
 from .compare import compare
 from .errors import explain
-from .faults import RecipeError
+from .faults import Fault, RecipeError
 from .loader import point
 from .preflight import check
 from .processes import processes
@@ -27,10 +27,21 @@ def points(recipe: Recipe) -> dict[str, Recipe]:
         RecipeError: a combination is no recipe; the faults of all are told.
     """
     found, faults = {}, []
+    if recipe.sweep and (recipe.hub.repo or recipe.hub.dataset):
+        where = recipe.where(("hub", "repo" if recipe.hub.repo else "dataset"))
+        message = (
+            "the runs of a sweep would share it; leave it out, and push the run you want: krontune push RUN --repo"
+        )
+        raise RecipeError([Fault(where, message)])
     for values in itertools.product(*recipe.sweep.values()):
         given = dict(zip(recipe.sweep, values, strict=True))
         try:
-            found[point_name(given)] = point(recipe, given)
+            name = point_name(given)
+            if name in found:
+                raise RecipeError(
+                    [Fault(recipe.where(("sweep",)), f"two combinations are called {name}; rename a file")]
+                )
+            found[name] = point(recipe, given)
         except RecipeError as error:
             faults += error.faults
     if faults:

@@ -133,7 +133,7 @@ def train(
     if run.processes.first:
         model.save_pretrained(str(folder / ADAPTER), state_dict=state)
         tokenizer.save_pretrained(str(folder / ADAPTER))
-        save_plan(run.path, folder / ADAPTER)
+        save_plan(run.recipe.base, run.path, folder / ADAPTER)
     trained, total = model.get_nb_trainable_parameters()
     found = _several(model, run, stage, sharded) | {name: fact() for name, fact in facts.items()}
     run.finish(stage, steps=trainer.state.global_step, trainable_parameters=trained, parameters=total, **found)

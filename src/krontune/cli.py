@@ -68,9 +68,12 @@ def check(recipe: RecipeName, overrides: Overrides = None, show_traceback: Trace
     def body() -> None:
         from krontune.recipes import RecipeError, load, notes
         from krontune.recipes import check as find_faults
+        from krontune.recipes.sweep import points
 
         loaded = load(recipe, overrides or ())
-        faults = find_faults(loaded)
+        faults = [
+            fault for one in (points(loaded).values() if loaded.sweep else [loaded]) for fault in find_faults(one)
+        ]
         if faults:
             raise RecipeError(faults)
         typer.echo(f"{recipe}: no faults; stages: {', '.join(stage.stage for stage in loaded.stages)}")

@@ -72,6 +72,20 @@ def test_every_stage_runs_once_in_order_and_the_last_adapter_is_put_forward(reci
     assert json.loads((run.path / "run.json").read_text()) == run.record
 
 
+def test_the_adapter_put_forward_is_that_of_the_last_stage_that_the_recipe_still_has(small, recipe, tmp_path, stages):
+    run = chain.run(recipe, tmp_path / "run")
+    without = (
+        "stages=[{stage: select, raw: pool.jsonl, target: target.jsonl, k: 4}, {stage: sft, trainer: {max_steps: 2}}]"
+    )
+    chain.run(load(small, [without]), tmp_path / "run")
+    assert (run.adapter / "weights").read_text() == "sft"
+    (run.adapter / "README.md").write_text("a card, written later")
+    chain.run(load(small, [without]), tmp_path / "run")
+    assert (run.adapter / "README.md").is_file(), "the same adapter is left as it is"
+    chain.run(load(small, [without.split(", {stage: sft")[0] + "]"]), tmp_path / "run")
+    assert not run.adapter.exists()
+
+
 def test_the_default_folder_is_named_after_the_recipe(recipe, tmp_path, stages):
     assert (tmp_path / chain.run(recipe, say=lambda line: None).path).samefile(tmp_path / "runs" / "small")
 

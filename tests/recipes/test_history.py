@@ -7,9 +7,11 @@ from pathlib import Path
 import pytest
 
 from krontune.recipes import chain
+from krontune.recipes.inputs import settings_of
 from krontune.recipes.loader import load
 from krontune.recipes.run_folder import RunFolder, WrongFolder
 from krontune.recipes.select import CONTROL, SELECTED
+from krontune.recipes.steps import steps
 
 ALL = ["select", "sft", "rl", "verify"]
 LR = "stages.sft.trainer.learning_rate"
@@ -246,3 +248,12 @@ def test_the_checkpoints_of_a_cut_attempt_at_something_else_are_kept_and_taken_b
         assert (folder.begin("sft", keep=("trainer",), step=1) / "trainer" / "checkpoint-1").is_dir()
         assert folder.metrics("sft") == [{"stage": "sft", "step": 1, "loss": 2.0}]
         assert not moved.exists() and len(list(folder.path.glob("sft.old-*"))) == 1
+
+
+def test_a_value_whose_key_sounds_like_a_secret_counts_and_a_secret_is_not_written_down(small):
+    def rl_inputs(options):
+        recipe = load(small, [f"stages.rl.reward_options={options}"])
+        return settings_of(recipe, next(step for step in steps(recipe) if step.name == "rl"))
+
+    assert rl_inputs("{answer_key: solution}") != rl_inputs("{answer_key: answer}")
+    assert "s3cretvalue99" not in str(rl_inputs("{api_key: s3cretvalue99}"))

@@ -221,6 +221,8 @@ def test_the_card_names_data_sets_of_the_hub_and_no_files(run, hub, tmp_path):
     recipe["stages"][0]["push"] = "me/picks"
     sources = ["local.jsonl", {"hub": "big/math"}, {"hub": str(tmp_path)}, {"hub": "../data"}]
     recipe["stages"].append({"stage": "rl", "data": sources})
+    (run / "rl").mkdir()
+    (run / "rl" / "done").write_text("{}")
     (run / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     pushed(run, "me/one")
     assert ModelCard(hub.model("me/one").files["README.md"].decode()).data.datasets == ["me/picks", "big/math"]
@@ -337,6 +339,13 @@ def test_a_push_needs_a_run_that_is_done_and_a_place(run, hub, tmp_path):
     (run / "sft" / "done").unlink()
     with pytest.raises(RunError, match="sft is not done"):
         pushed(run, "me/one")
+    record = json.loads((run / "run.json").read_text())
+    begun = record["stages"].pop("sft")  # as a stage leaves it that runs anew and is cut
+    (run / "run.json").write_text(json.dumps(record))
+    with pytest.raises(RunError, match="sft is not done"):
+        pushed(run, "me/one")
+    record["stages"]["sft"] = begun
+    (run / "run.json").write_text(json.dumps(record))
     (run / "sft" / "done").write_text("{}")
     shutil.rmtree(run / "adapter")
     with pytest.raises(RunError, match="holds no adapter"):

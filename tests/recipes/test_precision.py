@@ -151,7 +151,7 @@ def test_a_damaged_plan_is_named(tiny, tmp_path):
 def test_without_precision_there_is_no_plan(tiny, tmp_path):
     base = BaseModelSection(model=str(tiny))
     assert precision.recipe_plan(base, tmp_path) is None and not list(tmp_path.glob("*.json"))
-    precision.save_plan(tmp_path, tmp_path)
+    precision.save_plan(base, tmp_path, tmp_path)  # where another recipe left a plan, none goes along
 
 
 def test_a_run_trains_over_the_mixed_base_and_puts_the_plan_beside_each_adapter(small, tiny, tmp_path, planned):
