@@ -90,12 +90,17 @@ def push(
     if cut:
         raise RunError(f"{run.path}: {', '.join(cut)} is not done; go on with the run first, and push then")
     settings = (bool(given.get("private", True) if private is None else private), overwrite, say)
-    done = []
+    done, refused = [], None
     if dataset is not None:
-        with TemporaryDirectory() as folder:
-            done.append(_push_files(run.path, "dataset", dataset, _dataset_files(run, Path(folder)), *settings))
+        try:
+            with TemporaryDirectory() as folder:
+                done.append(_push_files(run.path, "dataset", dataset, _dataset_files(run, Path(folder)), *settings))
+        except RunError as error:  # which is no reason to keep the adapter back
+            refused = error
     if repo is not None:
         done.append(_push_files(run.path, "model", repo, _adapter_files(run, repo, base_model, say), *settings))
+    if refused is not None:
+        raise refused
     return done
 
 

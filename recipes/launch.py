@@ -22,7 +22,7 @@ CONFIGS = ("ddp", "fsdp2")
 
 def config_path(name: str) -> Path:
     """The file of a configuration of accelerate that comes with krontune."""
-    return Path(str(files("krontune.recipes") / "accelerate" / f"{name}.yaml"))
+    return Path(str(files("krontune.recipes") / f"accelerate_{name}.yml"))
 
 
 def command(options: str, arguments: Sequence[str]) -> list[str]:

@@ -9,6 +9,7 @@ import hashlib
 import json
 import math
 import shutil
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,7 @@ from .select_adapt_inf import adapt_inf, budget_of, prepared, scoring_settings, 
 from .trainer_args import given
 from .training import ADAPTER, exact_parameters, saved_adapter, trainer_arguments
 
-STEPS = "lifelong"
+STEPS, TAKEN = "lifelong", "taken.json"
 
 
 def is_sequence(recipe: Recipe, stage: Sft) -> bool:
@@ -50,9 +51,10 @@ def run_lifelong(recipe: Recipe, stage: Sft, run: RunFolder, control: str | None
     key = _key(stage, tests, start)
     inputs = json.dumps({**key, "data": {skill: fingerprint(rows) for skill, rows in data.items()}}, indent=1)
     same = read_if_there(run.path / name / INPUTS) == inputs
-    folder = run.begin(name, (INPUTS, STEPS) if same else ())
+    taken = _taken(run.path / name / STEPS) if same else {"steps": 0, "seconds": 0.0}
+    folder = run.begin(name, (INPUTS, STEPS) if same else (), step=taken["steps"], seconds=taken["seconds"])
     write_atomic(folder / INPUTS, inputs.encode())
-    learner = AdapterLearner(recipe, select, stage, run, name, tests, start)
+    learner = AdapterLearner(recipe, select, stage, run, name, tests, start, taken)
     budget = budget_of(select, max(len(rows) for rows in data.values()))
     found = lifelong(
         data,
@@ -71,6 +73,12 @@ def run_lifelong(recipe: Recipe, stage: Sft, run: RunFolder, control: str | None
     facts = {"budget": budget, "keep": select.keep, "lifelong": found.to_dict()}
     steps = sum(learner.steps(min(budget, sum(counts.values()))) for counts in found.picked)
     run.finish(name, steps=steps, trainable_parameters=trained, parameters=total, **facts)
+
+
+def _taken(steps: Path) -> dict[str, Any]:
+    """Optimiser steps and seconds up to the last data set that was trained on."""
+    trained = [folder / TAKEN for folder in sorted(steps.glob("step-*")) if (folder / MODEL).is_dir()]
+    return json.loads(trained[-1].read_text()) if trained else {"steps": 0, "seconds": 0.0}
 
 
 def _key(stage: Sft, tests: Mapping[str, Sequence[Row]], start: Path) -> dict[str, Any]:
@@ -97,10 +105,13 @@ class AdapterLearner:
         name: str,
         tests: Mapping[str, Sequence[Row]],
         start: Path,
+        taken: Mapping[str, Any],
     ) -> None:
+        """taken: optimiser steps and seconds of the data sets before."""
         self.recipe, self.select, self.stage, self.run, self.name = recipe, select, stage, run, name
         self.tests, self.start = tests, start
-        self.before = 0  # steps of the datasets before
+        self.before = taken["steps"]
+        self.started = time.monotonic() - taken["seconds"]
         self.model: Any = None
         self.tokenizer: Any = None
 
@@ -145,6 +156,8 @@ class AdapterLearner:
         trainer.model.save_pretrained(str(folder))
         self.tokenizer.save_pretrained(str(folder))
         shutil.rmtree(folder / "trainer", ignore_errors=True)
+        taken = {"steps": self.before, "seconds": time.monotonic() - self.started}
+        write_atomic(folder.parent / TAKEN, json.dumps(taken).encode())
 
 
 class _Report(Report):

@@ -176,7 +176,7 @@ def test_a_run_that_logged_no_reward_has_no_change_of_it(folder):
 
 class State:
     def __init__(self, step, steps=4):
-        self.global_step, self.max_steps = step, steps
+        self.global_step, self.max_steps, self.is_world_process_zero = step, steps, True
 
 
 def test_a_trainers_logs_become_metrics_and_the_note_of_the_line(folder, capsys):

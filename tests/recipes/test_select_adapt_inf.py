@@ -214,9 +214,12 @@ def test_a_sequence_is_learned_step_by_step_and_goes_on_where_it_was_cut(data, m
     assert facts["lifelong"]["pool"] == [15, 27] and facts["steps"] == 4, "8 rows in batches of 4, twice"
     matrix = facts["lifelong"]["measures"]["probability"]["matrix"]
     assert len(matrix) == 3 and matrix[1][0] > matrix[0][0], "sums were practised first"
-    steps = [line["step"] for line in map(json.loads, (whole.path / "metrics.jsonl").read_text().splitlines())
-             if line["stage"] == "sft" and "loss" in line]  # fmt: skip
-    assert steps == [1, 2, 3, 4]
+
+    def losses(run):
+        lines = map(json.loads, (run.path / "metrics.jsonl").read_text().splitlines())
+        return [(line["step"], line["loss"]) for line in lines if line["stage"] == "sft" and "loss" in line]
+
+    assert [step for step, _ in losses(whole)] == [1, 2, 3, 4]
 
     train, calls = lifelong_stage.AdapterLearner.train, []
 
@@ -231,6 +234,7 @@ def test_a_sequence_is_learned_step_by_step_and_goes_on_where_it_was_cut(data, m
         run_recipe(recipe, data / "cut", say=lambda line: None)
     again = run_recipe(recipe, data / "cut", say=lambda line: None)
     assert calls == [8, 8, 8], "the first dataset is not trained on again"
+    assert losses(again) == losses(whole), "each step once, those before the cut, too"
     for name in ("adapter/adapter_model.safetensors", "sft/lifelong/step-01/step.json"):
         assert (again.path / name).read_bytes() == (whole.path / name).read_bytes(), name
     write_rows(data / "words.jsonl", rows_of(data / "words.jsonl")[:12])
