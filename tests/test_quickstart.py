@@ -102,7 +102,7 @@ def test_a_third_run_skips_everything(killed_and_continued):
 def test_another_recipe_is_refused_and_nothing_is_overwritten(killed_and_continued):
     out, _, _ = killed_and_continued
     before = {file: file.stat().st_mtime_ns for file in out.rglob("*") if file.is_file() and file.name != ".lock"}
-    other = start(out, "seed=1")
+    other = start(out, "name=another")
     said = finish(other)
     assert other.returncode == 2 and "another recipe" in said and "Traceback" not in said, said
     assert before == {file: file.stat().st_mtime_ns for file in before}
