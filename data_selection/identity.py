@@ -16,6 +16,19 @@ SAMPLED = 256
 NOT_IN_KEY = {"inference_mode", "base_model_name_or_path", "revision", "auto_mapping", "task_type", "peft_version"}
 
 
+def store_identity(model: Any, tokenizer: Any, rows: Sequence[Any], adapters: Sequence[str]) -> dict[str, Any]:
+    """What every store belongs to: base, adapters, data and template. Arguments as of the functions below."""
+    base, adapter = model_identity(model, adapters)
+    return {
+        "model": base,
+        "model_name": str(model.config._name_or_path),
+        "model_revision": getattr(model.config, "_commit_hash", None),
+        "adapter": adapter,
+        "data": data_identity(rows),
+        "template": template_identity(tokenizer),
+    }
+
+
 def model_identity(model: Any, adapters: Sequence[str]) -> tuple[str, str]:
     """Hashes of the base and of some adapters; of the base a sample of every weight, of adapters all numbers.
 

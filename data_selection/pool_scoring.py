@@ -17,7 +17,7 @@ from torch import nn
 
 from .encoding import Encoded, collate, encode, image_tokens, without_images
 from .gradients import Layers, Plan, plan_gradients, scoring_mode, take_gradients
-from .identity import data_identity, model_identity, template_identity
+from .identity import store_identity
 from .per_sample import CountSketch
 from .scores import MemberMeans, answer_logits, answer_places, sample_means, token_scores
 from .selection import MAX_SEED, checked_int
@@ -83,14 +83,8 @@ def score_samples(
     plan = None if gradients is None else plan_gradients(model, gradients)
     width = 0 if plan is None else plan.size if projection is None else projection
     used = {*active_adapters(model), *(members if isinstance(members, (list, tuple)) else ())}
-    base, adapter = model_identity(model, sorted(used))
     key = {
-        "model": base,
-        "model_name": str(model.config._name_or_path),
-        "model_revision": getattr(model.config, "_commit_hash", None),
-        "adapter": adapter,
-        "data": data_identity(rows),
-        "template": template_identity(tokenizer),
+        **store_identity(model, tokenizer, rows, sorted(used)),
         "layers": None if plan is None else list(plan.layers),
         "projection": None if plan is None or projection is None else {"kind": "count_sketch", "size": projection},
         "batch_size": batch_size,

@@ -12,7 +12,7 @@ import torch
 
 from .encoding import collate
 from .gradients import scoring_mode
-from .identity import data_identity, model_identity, template_identity
+from .identity import store_identity
 from .pool_scoring import active_adapters, batches_to_do, part_of_launch, pool_of
 from .scores import head_at, output_layer
 from .selection import Selection, checked_int
@@ -77,13 +77,8 @@ def represent_samples(
     """
     checked_int(batch_size, "batch_size", 1, 2**20, "8 does on a CPU")
     rows, part_of_rows = pool_of(dataset), part_of_launch(part)
-    base, adapter = model_identity(model, active_adapters(model))
     key = {
-        "model": base,
-        "model_name": str(model.config._name_or_path),
-        "adapter": adapter,
-        "data": data_identity(rows),
-        "template": template_identity(tokenizer),
+        **store_identity(model, tokenizer, rows, active_adapters(model)),
         "layers": None,
         "projection": {"kind": "last_states_weighted_by_position"},
         "batch_size": batch_size,

@@ -22,7 +22,7 @@ from torch import nn
 
 from .encoding import IGNORED, Encoded, collate, prompt_tokens
 from .gradients import Layers, Plan, plan_gradients, scoring_mode, take_gradients
-from .identity import data_identity, model_identity, template_identity
+from .identity import store_identity
 from .per_sample import CountSketch
 from .pool_scoring import active_adapters, part_of_launch, pool_of
 from .selection import MAX_SEED, checked_int
@@ -79,13 +79,8 @@ def reward_gradients(
     checked_int(seed, "seed", 0, MAX_SEED, "any such number does")
     rows, (part_i, parts) = pool_of(prompts), part_of_launch(part)
     plan = plan_gradients(model, gradients)
-    base, adapter = model_identity(model, active_adapters(model))
     key = {
-        "model": base,
-        "model_name": str(model.config._name_or_path),
-        "adapter": adapter,
-        "data": data_identity(rows),
-        "template": template_identity(tokenizer),
+        **store_identity(model, tokenizer, rows, active_adapters(model)),
         "layers": list(plan.layers),
         "projection": None if projection is None else {"kind": "count_sketch", "size": projection},
         "reward": name,
