@@ -117,9 +117,11 @@ def test_a_run_with_planted_keys_is_pushed_without_them_and_loads_from_the_hub(p
     first = run()
     assert first.exit_code == 0, first.output
     assert "not pushed to me/rows" in first.stdout and "`krontune push run --dataset me/rows` goes on" in first.stdout
-    assert hub.dataset("me/rows").messages == ["initial commit"] and "me/planted" not in str(hub.repos)
+    assert hub.dataset("me/rows").messages == ["initial commit"]
+    assert len(hub.model("me/planted").commits) == 2  # a data set that is refused holds no adapter back
     pushed = CliRunner().invoke(app, ["push", "run"])
     assert pushed.exit_code == 0, pushed.output
+    assert "adapter: nothing changed" in pushed.stdout
     assert len(hub.model("me/planted").commits) == 2 and len(hub.dataset("me/rows").commits) == 2
     assert hub.model("me/planted").private
 
