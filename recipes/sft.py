@@ -6,6 +6,7 @@ from typing import Any
 from datasets import Dataset
 from trl import SFTConfig, SFTTrainer
 
+from ..rl.labelled_head import score_labelled_only
 from .checkpoints import Checkpoints
 from .lifelong import is_sequence, run_lifelong
 from .progress import Report
@@ -35,6 +36,7 @@ def run_sft(recipe: Recipe, stage: Sft, run: RunFolder, control: str | None = No
             processing_class=tokenizer,
             callbacks=[checkpoints, Report(name, run, shown=("loss",))],
         )
+    score_labelled_only(trainer.model)
     _say_what_is_cut(name, len(rows), trainer, run.processes.first)
     longest = trainer.args.max_length or max(map(len, dataset["input_ids"]))
     truncated = sum(len(ids) > longest for ids in dataset["input_ids"])

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from .errors import RlError
     from .evaluation import Evaluation, Rate, heuristic_table, score
     from .heads import HeadSplit
+    from .labelled_head import score_labelled_only
     from .likelihood import answer_probabilities
     from .mismatch import MismatchGuard
     from .rewards import CertificateReward, Guarded, MathReward
@@ -28,6 +29,7 @@ _HOME = {
     "heuristic_table": ".evaluation",
     "score": ".evaluation",
     "HeadSplit": ".heads",
+    "score_labelled_only": ".labelled_head",
     "answer_probabilities": ".likelihood",
     "MismatchGuard": ".mismatch",
     "CertificateReward": ".rewards",
@@ -65,6 +67,7 @@ __all__ = [
     "paired_difference",
     "probe",
     "score",
+    "score_labelled_only",
     "wilson_interval",
 ]
 

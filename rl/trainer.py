@@ -16,6 +16,7 @@ from ..adapters.dense import dense_weights
 from .credit import TokenCredit, credited, credited_advantages, token_credit
 from .errors import RlError
 from .heads import HeadSplit, pool
+from .labelled_head import score_labelled_only
 from .probe import read_rhythm
 from .rhythm import Rhythm
 from .risk import Risk, risk_advantages, zero_groups
@@ -48,6 +49,9 @@ class DenseRolloutGRPOTrainer(GRPOTrainer):
     def __init__(self, *args: Any, dense_rollouts: bool = True, share_prompts: bool = False, **kwargs: Any) -> None:
         self._prompts: Any = None
         super().__init__(*args, **kwargs)
+        for scorer in (self.model, self.ref_model):
+            if scorer is not None:
+                score_labelled_only(self.accelerator.unwrap_model(scorer))
         self.dense_rollouts = dense_rollouts and not self.use_vllm
         self.share_prompts = share_prompts
         if share_prompts:

@@ -15,6 +15,7 @@ import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from trl.trainer import utils as trl_utils
 
 from krontune.recipes import chain
 from krontune.recipes.checkpoints import MARK, last_checkpoint, remove_checkpoints, saving
@@ -220,3 +221,20 @@ def killed_runs(kills: int) -> None:
 
 if __name__ == "__main__":
     killed_runs(int(sys.argv[1]))
+
+
+def test_the_head_of_sft_sees_only_what_is_learned_from(tiny, monkeypatch):
+    tiny.write_text(RECIPE[: RECIPE.index("  - stage: rl")])
+    targets = []
+    plain = trl_utils._ChunkedLogProbFunction
+
+    class Seen:
+        @staticmethod
+        def apply(hidden, weight, bias, labels, *others):
+            targets.append(labels)
+            return plain.apply(hidden, weight, bias, labels, *others)
+
+    monkeypatch.setattr(trl_utils, "_ChunkedLogProbFunction", Seen)
+    chain.run(load(tiny, ["stages.sft.trainer.max_steps=1"]), "run")
+    assert len(targets) == 1
+    assert not any((labels == 0).any() for labels in targets)  # padding, which TRL gives positions without a label
