@@ -7,8 +7,9 @@ from .base import BaseModelError, load_base
 from .config import AdapterError, MokaConfig
 from .dense import dense_weights
 from .export import export_merged
+from .hotswap import hotswap_adapter
 from .kronecker import use_fused
-from .layer import MokaLayer
+from .layer import MokaLayer, keep_float32
 from .linear import MokaLinear
 from .mixed import bit_plan
 from .model import MokaModel
@@ -28,6 +29,8 @@ __all__ = [
     "bit_plan",
     "dense_weights",
     "export_merged",
+    "hotswap_adapter",
+    "keep_float32",
     "load_base",
     "register",
     "use_fused",

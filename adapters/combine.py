@@ -6,8 +6,8 @@ from typing import cast
 
 import torch
 
-from .config import AdapterError, MokaConfig
-from .layer import Gate, MokaLayer
+from .config import AdapterError, MokaConfig, Shape
+from .layer import Gate, MokaLayer, shapes_key
 
 
 def combined_config(configs: Sequence[MokaConfig], names: Sequence[str], weights: Sequence[float]) -> MokaConfig:
@@ -31,10 +31,10 @@ def combined_config(configs: Sequence[MokaConfig], names: Sequence[str], weights
                     f"adapters {names[0]!r} and {name!r} differ in {key}: {getattr(first, key)!r} and "
                     f"{getattr(config, key)!r}; only adapters of equal shapes are combined"
                 )
-        for size in config.resolved_shapes.keys() & first.resolved_shapes.keys():
-            if list(map(tuple, config.resolved_shapes[size])) != list(map(tuple, first.resolved_shapes[size])):
+        own, wanted = _shapes_in_use(config), _shapes_in_use(first)
+        for size, pattern in own.keys() & wanted.keys():
+            if own[size, pattern] != wanted[size, pattern]:
                 raise AdapterError(f"adapters {names[0]!r} and {name!r} differ in their shapes for {size}")
-    shapes = {size: pairs for config in configs for size, pairs in config.resolved_shapes.items()}
     combined = copy.deepcopy(first)
     combined.r, combined.n_shapes, combined.alpha, combined.alpha_pattern = first.r * n, first.n_shapes * n, None, {}
     combined.rank_pattern = {key: r * n for key, r in first.rank_pattern.items()}
@@ -42,14 +42,23 @@ def combined_config(configs: Sequence[MokaConfig], names: Sequence[str], weights
     combined.shapes, combined.dropout, combined.init_weights = "balanced", 0.0, True
     combined.shapes_pattern = dict.fromkeys(first.shapes_pattern, "balanced")
     combined.resolved_shapes = {}
-    for key, pairs in shapes.items():
-        size, n_shapes, *pattern = key.split(":", 2)
-        if n_shapes == str(first.n_shapes):  # else it is of an earlier use of the config
-            key = ":".join([size, str(combined.n_shapes), *pattern])
-            combined.resolved_shapes[key] = [pair for pair in pairs for _ in range(n)]
+    for config in configs:
+        for (size, pattern), pairs in _shapes_in_use(config).items():
+            combined.resolved_shapes[f"{size}:{shapes_key(combined, pattern)}"] = [p for p in pairs for _ in range(n)]
     targets = _union([config.target_modules for config in configs], names)
     combined.target_modules = cast("list[str] | str | None", set(targets) if isinstance(targets, list) else targets)
     return combined
+
+
+def _shapes_in_use(config: MokaConfig) -> dict[tuple[str, str | None], list[Shape]]:
+    """(size, pattern) -> shapes; those that an earlier use of the config left behind are passed over."""
+    found = {}
+    for key, pairs in config.resolved_shapes.items():
+        size, _, *rest = key.split(":", 2)
+        pattern = rest[0] if rest else None
+        if pattern in (None, *config.shapes_pattern) and key == f"{size}:{shapes_key(config, pattern)}":
+            found[size, pattern] = [(o, i) for o, i in pairs]
+    return found
 
 
 def _union(targets: Sequence[list[str] | set[str] | str | None], names: Sequence[str]) -> list[str] | str | None:
@@ -82,9 +91,9 @@ def fill_combined(layer: MokaLayer, name: str, adapters: Sequence[str], weights:
         for new, old in zip((new_a, new_b), layer.held(own), strict=True):
             if new:
                 _copy(new[position], old[group], own)
-        share = layer.mixture_weights(own)
+        share = cast(Gate, layer.moka_gate[own])(scaled[position].device)
         scaled[position].mul_(weights[j] * layer.moka_scale[own] * layer.moka_alpha[own] / r)
-        gates.append((share / share.sum()).split(layer.moka_counts[own])[group].cpu())
+        gates.append(share.split(layer.moka_counts[own])[group].cpu())
     logits = cast(Gate, layer.moka_gate[name]).logits
     if logits is not None:
         logits.copy_(torch.cat(gates).log())

@@ -63,8 +63,9 @@ class MokaConfig(PeftConfig):
             points the A_i where the weight's own nearest Kronecker sum has them (Van Loan and Pitsianis, 1993), B zero:
             the update starts at zero and the base weight stays as it is, quantised or not.
         resolved_shapes: written by the tuner: the shapes in use for each (outputs, inputs, n_shapes), e.g.
-            {"576x192:5": [[24, 12], ...]}, and for each key of shapes_pattern, e.g. {"576x192:5:q_proj": ...}. It is
-            saved, so that a later version with another choice of balanced shapes loads today's adapters.
+            {"576x192:5": [[24, 12], ...]}, "576x192:5-ladder" on a ladder and "576x192:5-A" with an identity, and for
+            each key of shapes_pattern, e.g. "576x192:5:q_proj". It is saved, so that a later version with another
+            choice of balanced shapes loads today's adapters.
 
     Raises:
         AdapterError: a value is out of range; the message names it.

@@ -15,6 +15,7 @@ second one, the gates by a factor. `arrange` says how.
 
 import sys
 from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import reduce
 from importlib.util import find_spec
 from math import log
@@ -70,7 +71,7 @@ def balanced_shapes(n_out: int, n_in: int, n_shapes: int) -> list[tuple[int, int
         a_out, a_in = shape
         return a_out * a_in + (n_out // a_out) * (n_in // a_in), abs(log(a_out / a_in)), a_out
 
-    ranked = sorted(((o, i) for o in _divisors(n_out) for i in _divisors(n_in)), key=cost)
+    ranked = sorted(((o, i) for o in divisors(n_out) for i in divisors(n_in)), key=cost)
     limit = cost(ranked[0])[0] * _LARGEST_TO_SMALLEST
     return [shape for shape in ranked[:n_shapes] if cost(shape)[0] <= limit]
 
@@ -117,10 +118,10 @@ def kron_stacks(
     `use_fused` has them computed by Triton kernels, never through the matrix.
     """
     device = x.device.type
-    if torch.is_autocast_enabled(device):
+    if _autocasts(device):
         dtype = torch.get_autocast_dtype(device)
         x, a, b = x.to(dtype), [a_k.to(dtype) for a_k in a], [b_k.to(dtype) for b_k in b]
-    with torch.autocast(device, enabled=False):
+    with _without_autocast(device):
         rows = x.reshape(x.shape[:-1].numel(), x.shape[-1])  # (N, n_in)
         fused = _fused and not torch.compiler.is_compiling()
         if not fused and weight_is_cheaper(rows.shape[0], a, b):
@@ -132,6 +133,14 @@ def kron_stacks(
             factors = [factor for left, right, _ in groups for factor in (left, right)]
             y = _KronSum.apply(rows, [order for _, _, order in groups], fused, *factors)
     return y.reshape(*x.shape[:-1], y.shape[-1])
+
+
+def _autocasts(device: str) -> bool:
+    return device != "meta" and torch.is_autocast_enabled(device)  # which has no such state
+
+
+def _without_autocast(device: str) -> AbstractContextManager[Any]:
+    return torch.autocast(device, enabled=False) if _autocasts(device) else nullcontext()
 
 
 def weight_is_cheaper(rows: int, a: Sequence[torch.Tensor], b: Sequence[torch.Tensor]) -> bool:
@@ -291,7 +300,7 @@ class _KronSum(torch.autograd.Function):
             )
         rows, *factors = ctx.saved_tensors
         grad = grad_outputs[0].contiguous()
-        with torch.autocast(rows.device.type, enabled=False):
+        with _without_autocast(rows.device.type):
             grad_rows, totals = _engine(ctx.fused, rows).sum_gradients(
                 grad, rows, factors, ctx.orders, ctx.needs_input_grad[0]
             )
@@ -370,7 +379,7 @@ def sum_all(parts: Iterable[torch.Tensor]) -> torch.Tensor:
     return reduce(torch.add, parts)
 
 
-def _divisors(number: int) -> list[int]:
+def divisors(number: int) -> list[int]:
     return [d for d in range(1, number + 1) if number % d == 0]
 
 

@@ -7,12 +7,13 @@ from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features
 from peft.utils import resolve_quantization_backend
 from peft.utils.quantization_utils import QuantizationBackend
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from transformers.pytorch_utils import Conv1D
 
 from .config import AdapterError, MokaConfig, Shape
 from .identity import Fixed, identity_mix, identity_sizes
 from .initial import kaiming_uniform, start_at_nearest
-from .kronecker import balanced_shapes, kron_stacks, kron_weight, sum_all
+from .kronecker import balanced_shapes, divisors, kron_stacks, kron_weight, sum_all
 from .ladder import ladder_shapes
 
 
@@ -22,18 +23,37 @@ def quantisation_of(module: nn.Module) -> QuantizationBackend | None:
     return resolve_quantization_backend(module, get_apply_tensor_subclass=lambda: None)
 
 
+def at_least_float32(x: torch.Tensor) -> torch.Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 class Gate(nn.Module):
     """The mixture weights of one layer: softmax of the logits g (r,), or 1 / r where they are not learned."""
 
     def __init__(self, r: int, learned: bool) -> None:
         super().__init__()
-        self.logits = nn.Parameter(torch.zeros(r), requires_grad=learned) if learned else None
+        self.logits = nn.Parameter(torch.zeros(r)) if learned else None
         self.r = r
 
     def forward(self, device: torch.device) -> torch.Tensor:
         if self.logits is None:
             return torch.full((self.r,), 1.0 / self.r, device=device)
-        return torch.softmax(self.logits.float(), dim=0)  # (r,)
+        return torch.softmax(at_least_float32(self.logits), dim=0)  # (r,)
+
+
+def keep_float32(model: nn.Module) -> None:
+    """Give MoKA's parameters float32 again after a trainer has cast them.
+
+    TRL casts every trainable parameter over a quantised base to bfloat16, whose neighbours of 0.1 are 0.0005 away, so
+    that steps of a usual learning rate round to nothing. One process undoes that by itself at the next forward pass;
+    several need this call between the making of the trainer and `train()`, when DDP has not yet taken the parameters.
+    Adapters made with `autocast_adapter_dtype=False` are left in the dtype of the base.
+    """
+    for module in model.modules():
+        if isinstance(module, MokaLayer):
+            for name in module.moka_gate:
+                if module.moka_fp32[name]:
+                    module.keep_float32(name)
 
 
 class MokaLayer(BaseTunerLayer):
@@ -111,7 +131,7 @@ class MokaLayer(BaseTunerLayer):
             return
         for stack in b or a:  # the only factor, where the other one is the identity
             nn.init.zeros_(stack)
-        if config.init_weights == "nearest" and not config.inference_mode:
+        if config.init_weights == "nearest" and not config.inference_mode and a[0].device.type != "meta":
             if self.quantization_backend is not None and not self.quantization_backend.supports_merge:
                 name = type(self.get_base_layer()).__name__
                 raise AdapterError(f"a {name} cannot be de-quantised, which init_weights='nearest' needs; use True")
@@ -138,7 +158,7 @@ class MokaLayer(BaseTunerLayer):
         return torch.eye(size, device=other.device, dtype=other.dtype).expand(len(other), size, size)
 
     def mixture_weights(self, adapter_name: str) -> torch.Tensor:
-        """scale * alpha * softmax(g), (r,) float32."""
+        """scale * alpha * softmax(g), (r,), float32 or above."""
         a, b = self.held(adapter_name)
         device = (a or b)[0].device
         scale = self.moka_scale[adapter_name] * self.moka_alpha[adapter_name]
@@ -146,36 +166,49 @@ class MokaLayer(BaseTunerLayer):
 
     def update(self, adapter_name: str, x: torch.Tensor) -> torch.Tensor:
         """delta W x for one adapter, computed in the dtype of x: x (..., in_features) -> (..., out_features)."""
-        self._restore_fp32(adapter_name)
+        self._undo_cast(adapter_name)
         a, b = ([stack.to(x.dtype) for stack in held] for held in self.held(adapter_name))
         x = self.moka_dropout[adapter_name](x)
         gates = self.mixture_weights(adapter_name).split(self.moka_counts[adapter_name])
         fixed = self.moka_identity[adapter_name]
         return kron_stacks(x, a, b, gates) if fixed is None else identity_mix(x, a or b, gates, fixed)
 
-    def _restore_fp32(self, adapter_name: str) -> None:
-        """Undo a trainer's cast of the parameters, in which steps of a usual learning rate round to nothing.
+    def _undo_cast(self, adapter_name: str) -> None:
+        """Give an adapter that a trainer cast to 16 bits float32 again, see `keep_float32`.
 
-        TRL casts every trainable parameter over a quantised base to bfloat16, whose neighbours of 0.1 are 0.0005
-        away. The parameter objects stay those that the optimizer holds.
+        Not where processes work together: DDP, FSDP and DeepSpeed know the parameters by their dtype, FSDP and
+        DeepSpeed cast them to 16 bits for the forward pass and keep float32 themselves.
         """
-        if not self.moka_fp32[adapter_name]:
+        if not self.moka_fp32[adapter_name] or not self._cast_parameters(adapter_name):
             return
-        for layers in (self.moka_A, self.moka_B, self.moka_gate):
-            for parameter in layers[adapter_name].parameters():
-                if parameter.dtype != torch.float32:
-                    # A tensor made in inference mode would never get a gradient again.
-                    with torch.inference_mode(False):
-                        parameter.data = parameter.data.float()
+        if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+            self.keep_float32(adapter_name)
+        elif DistributedDataParallel._get_active_ddp_module() is not None:
+            raise AdapterError(
+                "the MoKA parameters were cast to 16 bits before DDP took them, as TRL does over a quantised base; so "
+                "cast, small steps round to nothing. Call krontune.adapters.keep_float32(trainer.model) when the "
+                "trainer is made, before train()"
+            )
+
+    def _cast_parameters(self, adapter_name: str) -> list[nn.Parameter]:
+        held = [layers[adapter_name] for layers in (self.moka_A, self.moka_B, self.moka_gate)]
+        return [p for module in held for p in module.parameters() if p.dtype in (torch.bfloat16, torch.float16)]
+
+    def keep_float32(self, adapter_name: str) -> None:
+        """Give the parameters of an adapter float32; they stay the objects that an optimizer holds."""
+        for parameter in self._cast_parameters(adapter_name):
+            with torch.inference_mode(False):  # a tensor made in inference mode would never get a gradient again
+                parameter.data = parameter.data.float()
 
     def delta_matrix(self, adapter_name: str) -> torch.Tensor:
-        """delta W (out_features, in_features) in float32."""
+        """delta W (out_features, in_features) in float32 or above."""
         a, b = self.stacks(adapter_name)
         gates = self.mixture_weights(adapter_name).split(self.moka_counts[adapter_name])
-        return sum_all(kron_weight(a_k.float(), b_k.float(), g) for a_k, b_k, g in zip(a, b, gates, strict=True))
+        wide = ([at_least_float32(stack) for stack in stacks] for stacks in (a, b))
+        return sum_all(kron_weight(a_k, b_k, g) for a_k, b_k, g in zip(*wide, gates, strict=True))
 
     def get_delta_weight(self, adapter_name: str) -> torch.Tensor:
-        """delta W in float32, laid out as the base's weight: (in_features, out_features) for the Conv1D of GPT-2."""
+        """`delta_matrix` as the base lays out its weight: (in_features, out_features) for the Conv1D of GPT-2."""
         delta = self.delta_matrix(adapter_name)
         return delta.T if self.transposed else delta
 
@@ -190,13 +223,13 @@ class MokaLayer(BaseTunerLayer):
 
     @torch.no_grad()
     def base_matrix(self) -> torch.Tensor:
-        """W (out_features, in_features) in float32, de-quantised."""
-        weight = self.get_base_weight().float()
+        """W (out_features, in_features) in float32 or above, de-quantised."""
+        weight = at_least_float32(self.get_base_weight())
         return weight.T if self.transposed else weight
 
     @torch.no_grad()
     def adapted_weight(self) -> torch.Tensor:
-        """W + delta W of the active adapters, (out_features, in_features) in float32, W de-quantised."""
+        """W + delta W of the active adapters, (out_features, in_features) in float32 or above, W de-quantised."""
         weight = self.base_matrix()
         for name in self.active_adapters:
             if name in self.moka_A:
@@ -221,14 +254,19 @@ class MokaLayer(BaseTunerLayer):
                 self.moka_scale[name] = 1.0 if scale is None else self.moka_scale[name] / scale
 
 
+def shapes_key(config: MokaConfig, pattern: str | None = None) -> str:
+    """What stands behind a layer's sizes in the keys of `resolved_shapes`: all that the choice of shapes depends on."""
+    choice = "-ladder" if config.is_ladder(pattern) else f"-{config.identity}" if config.identity else ""
+    return f"{config.n_shapes}{choice}" + ("" if pattern is None else f":{pattern}")
+
+
 def resolve_shapes(config: MokaConfig, n_out: int, n_in: int, pattern: str | None = None) -> list[Shape]:
     """The shapes in use for a layer of this size under a key of `shapes_pattern`; written to `config.resolved_shapes`.
 
     Raises:
         AdapterError: a shape asked for does not divide the layer.
     """
-    key = f"{n_out}x{n_in}:{config.n_shapes}" + ("" if pattern is None else f":{pattern}")
-    wanted = config.shapes_of(pattern)
+    key, wanted = f"{n_out}x{n_in}:{shapes_key(config, pattern)}", config.shapes_of(pattern)
     if not isinstance(wanted, str):
         config.resolved_shapes[key] = [(int(o), int(i)) for o, i in wanted]
     elif key not in config.resolved_shapes:
@@ -238,8 +276,9 @@ def resolve_shapes(config: MokaConfig, n_out: int, n_in: int, pattern: str | Non
         shape = f"{_asked_by(pattern)}shape ({a_out}, {a_in})"
         if a_out < 1 or a_in < 1 or n_out % a_out or n_in % a_in:
             raise AdapterError(
-                f"{shape} does not fit a layer of {n_out} outputs and {n_in} inputs: a_out must divide {n_out} and "
-                f"a_in must divide {n_in}. Use shapes='balanced', or name target_modules that it fits."
+                f"{shape} does not fit a layer of {n_out} outputs and {n_in} inputs: a_out must divide {n_out} "
+                f"({_listed(divisors(n_out))}) and a_in must divide {n_in} ({_listed(divisors(n_in))}). Use "
+                "shapes='balanced', or name target_modules that it fits."
             )
         size = {"A": (a_out, a_in), "B": (n_out // a_out, n_in // a_in)}.get(config.identity or "")
         if size is not None and size[0] != size[1]:
@@ -248,6 +287,10 @@ def resolve_shapes(config: MokaConfig, n_out: int, n_in: int, pattern: str | Non
                 f"{size[0]} x {size[1]}, and an identity is square; use shapes='balanced' or other shapes"
             )
     return shapes
+
+
+def _listed(numbers: list[int]) -> str:
+    return ", ".join(map(str, numbers))
 
 
 def _asked_by(pattern: str | None) -> str:

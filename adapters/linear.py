@@ -10,7 +10,7 @@ from peft.utils import quantization_extra_repr
 from torch import nn
 
 from .config import AdapterError, MokaConfig
-from .layer import MokaLayer
+from .layer import MokaLayer, at_least_float32
 
 
 class MokaLinear(nn.Module, MokaLayer):
@@ -81,7 +81,7 @@ class MokaLinear(nn.Module, MokaLayer):
                 )
             weight = self.get_base_weight()
             delta = self.get_delta_weight(name).to(weight.device)
-            merged = (weight.float() + delta).to(weight.dtype)
+            merged = (at_least_float32(weight) + delta).to(weight.dtype)
             if safe_merge and not torch.isfinite(merged).all():
                 raise AdapterError(
                     f"NaNs detected in the merged weights. The adapter {name} seems to be broken; it was not merged "

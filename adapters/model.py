@@ -115,7 +115,7 @@ class MokaModel(BaseTuner):
             adapter_name: of the new adapter, which is not made active.
 
         Raises:
-            AdapterError: an adapter is unknown or merged, or two of them differ in a way that cannot be combined.
+            AdapterError: an adapter is unknown, or two of them differ in a way that cannot be combined.
         """
         if adapter_name in self.peft_config:
             raise AdapterError(f"there is an adapter {adapter_name!r} already; choose another name, or delete it")

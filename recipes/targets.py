@@ -147,9 +147,9 @@ def match(model: Any, adapter: Adapter) -> Targets:
     matched = inspect_matched_modules(tuned.base_model)["matched"]
     layers = {name: module for name, module in model.named_modules() if isinstance(module, MokaLayer)}
     sizes = {name: (layers[name].out_features, layers[name].in_features) for name in matched}
-    shapes = {size: config.resolved_shapes[f"{size[0]}x{size[1]}:{config.n_shapes}"] for size in sizes.values()}
+    stacks = {sizes[name]: layers[name].stacks("default")[0] for name in matched}
+    shapes = {size: [(a.shape[1], a.shape[2]) for a in some] for size, some in stacks.items()}
     trainable, _ = tuned.get_nb_trainable_parameters()
-    shapes = {size: [(o, i) for o, i in some[: config.r]] for size, some in shapes.items()}
     found = Targets(sizes, trainable, parameters, shapes, config.r)
     if config.shapes == "balanced":
         _refuse_rank_one(found, layers)

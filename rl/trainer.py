@@ -13,6 +13,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import GRPOConfig, GRPOTrainer
 
 from ..adapters.dense import dense_weights
+from ..adapters.layer import keep_float32
 from .credit import TokenCredit, credited, credited_advantages, token_credit
 from .errors import RlError
 from .heads import HeadSplit, pool
@@ -52,6 +53,7 @@ class DenseRolloutGRPOTrainer(GRPOTrainer):
         for scorer in (self.model, self.ref_model):
             if scorer is not None:
                 score_labelled_only(self.accelerator.unwrap_model(scorer))
+        keep_float32(self.model)
         self.dense_rollouts = dense_rollouts and not self.use_vllm
         self.share_prompts = share_prompts
         if share_prompts:

@@ -125,8 +125,8 @@ def test_explicit_shapes_are_used_and_recorded(tiny):
     assert model.peft_config["default"].resolved_shapes == {"64x64:5": shapes}
 
 
-def test_explicit_shapes_that_do_not_divide_the_layer_are_refused(tiny):
-    with pytest.raises(AdapterError, match=r"shape \(48, 64\) does not fit a layer of 64 outputs"):
+def test_explicit_shapes_that_do_not_divide_the_layer_are_refused_with_those_that_do(tiny):
+    with pytest.raises(AdapterError, match=r"shape \(48, 64\) does not fit .* divide 64 \(1, 2, 4, 8, 16, 32, 64\)"):
         get_peft_model(tiny, MokaConfig(target_modules=["q_proj"], shapes=[(48, 64)]))
 
 
@@ -162,6 +162,43 @@ def test_a_config_used_again_with_other_n_shapes_takes_other_shapes(tiny_llama):
     get_peft_model(tiny_llama(), config)
     model = get_peft_model(tiny_llama(), replace(config, n_shapes=2))
     assert layers(model)[0].moka_counts["default"] == [2, 2]
+
+
+@pytest.mark.parametrize("changes", [{"shapes": "ladder"}, {"identity": "A"}, {"identity": "B", "r": 2}])
+def test_a_config_used_again_with_another_choice_takes_the_shapes_of_that_choice(tiny_llama, changes):
+    options = {"r": 4, "target_modules": ["q_proj"]}
+    config = MokaConfig(**options)
+    get_peft_model(tiny_llama(), config)
+    again = get_peft_model(tiny_llama(), replace(config, **changes))
+    fresh = get_peft_model(tiny_llama(), MokaConfig(**options | changes))
+    for one, other in zip(again.state_dict().values(), fresh.state_dict().values(), strict=True):
+        assert one.shape == other.shape
+
+
+def test_a_float64_base_is_adapted_and_merged_in_float64(tiny_llama, tokens, shake):
+    model = shake(get_peft_model(tiny_llama().double(), MokaConfig(target_modules="all-linear")), scale=0.1)
+    expected = logits(model, tokens)
+    assert {p.dtype for name, p in model.named_parameters() if ".moka_" in name} == {torch.float64}
+    model.merge_adapter()
+    torch.testing.assert_close(logits(model, tokens), expected, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("options", [{}, {"identity": "A"}])
+def test_a_model_without_memory_passes_shapes_forward_and_backward(tiny_llama, tokens, options):
+    with torch.device("meta"):
+        model = get_peft_model(tiny_llama(), MokaConfig(target_modules=["q_proj"], **options))
+    loss = model(input_ids=tokens.to("meta"), labels=tokens.to("meta")).loss
+    loss.backward()
+    assert all(p.grad.shape == p.shape for name, p in model.named_parameters() if ".moka_" in name)
+
+
+def test_peft_reports_the_state_of_every_adapter(tiny):
+    model = get_peft_model(tiny, MokaConfig(target_modules=["q_proj"]))
+    model.add_adapter("other", MokaConfig(target_modules=["q_proj"], r=2))
+    model.merge_adapter(["default"])
+    status = peft.get_model_status(model)
+    assert status.peft_types == {"default": "MOKA", "other": "MOKA"} and status.num_adapter_layers == 2
+    assert status.merged_adapters == ["default"] and status.requires_grad == {"default": True, "other": False}
 
 
 def test_layers_to_transform_and_exclude_modules(tiny):

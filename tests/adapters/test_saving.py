@@ -13,12 +13,21 @@ import pytest
 import torch
 from peft import AutoPeftModelForCausalLM, PeftConfig, PeftModel, get_peft_model
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
-from peft.utils.hotswap import hotswap_adapter
+from peft.utils import hotswap
 from peft.utils.peft_types import PeftType
 from safetensors.torch import load_file
+from torch._dynamo.testing import CompileCounterWithBackend
 from transformers import AutoModelForCausalLM
 
-from krontune.adapters import MokaConfig, MokaModel, layer, register, registration
+from krontune.adapters import (
+    AdapterError,
+    MokaConfig,
+    MokaModel,
+    hotswap_adapter,
+    layer,
+    register,
+    registration,
+)
 
 
 def logits(model, tokens):
@@ -325,14 +334,59 @@ def test_transformers_own_add_adapter_trains_and_saves(tiny_llama, tokens, shake
     assert torch.equal(logits(again, tokens), expected)
 
 
-def test_peft_refuses_a_hot_swap_by_name_and_loading_over_an_adapter_swaps_it(saved, tiny_folder, tokens, shake):
+def test_a_hot_swap_writes_the_saved_adapter_into_the_tensors_that_are_there(saved, tiny_folder, tokens, shake):
     folder, expected = saved
     model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_folder), folder)
     shake(model, seed=9)
-    assert not torch.allclose(logits(model, tokens), expected)
     with pytest.raises(ValueError, match="MOKA was passed"):
-        hotswap_adapter(model, folder, "default")
-    held = [p for name, p in model.named_parameters() if ".moka_" in name]
-    model.load_adapter(folder, adapter_name="default")
-    assert torch.equal(logits(model, tokens), expected)
+        hotswap.hotswap_adapter(model, folder, "default")
+    counter = CompileCounterWithBackend("eager")
+    compiled = torch.compile(model, backend=counter)
+    assert not torch.allclose(logits(compiled, tokens), expected)
+    held, graphs = [p for name, p in model.named_parameters() if ".moka_" in name], counter.frame_count
+    hotswap_adapter(model, folder)
+    torch.testing.assert_close(logits(compiled, tokens), expected, rtol=1e-4, atol=1e-4)
+    assert graphs > 0 and counter.frame_count == graphs
     assert all(p is q for p, q in zip(held, (p for n, p in model.named_parameters() if ".moka_" in n), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"alpha": 3.0}, "has alpha=2.0, and 'default' has 3.0"),
+        ({"gate": "none"}, "has gate='softmax'"),
+        ({"r": 5}, "has r=4"),
+        ({"shapes": [(4, 4)]}, "has shapes='balanced'"),
+        ({"target_modules": ["q_proj"]}, "has not the tensors of 'default': .*moka_A"),
+    ],
+)
+def test_a_hot_swap_of_adapters_that_differ_is_refused_and_leaves_the_model(saved, tiny, tokens, shake, changes, words):
+    folder, _ = saved
+    options = {"target_modules": "all-linear", "r": 4, "n_shapes": 3, "alpha": 2.0} | changes
+    model = shake(get_peft_model(tiny, MokaConfig(**options)))
+    expected = logits(model, tokens)
+    with pytest.raises(AdapterError, match=words):
+        hotswap_adapter(model, folder)
+    assert torch.equal(logits(model, tokens), expected)
+
+
+def test_a_hot_swap_needs_an_unmerged_moka_adapter_and_a_saved_one(saved, tiny, tmp_path):
+    folder, _ = saved
+    model = get_peft_model(tiny, MokaConfig(target_modules="all-linear", r=4, n_shapes=3, alpha=2.0))
+    with pytest.raises(AdapterError, match="no MoKA adapter 'other'"):
+        hotswap_adapter(model, folder, "other")
+    peft.LoraConfig().save_pretrained(tmp_path)
+    with pytest.raises(AdapterError, match="type PeftType.LORA"):
+        hotswap_adapter(model, tmp_path)
+    model.merge_adapter()
+    with pytest.raises(AdapterError, match="unmerge_adapter"):
+        hotswap_adapter(model, folder)
+
+
+def test_an_adapter_that_started_at_the_nearest_sum_reads_back_for_training_without_memory(
+    tiny_llama, tokens, shake, tmp_path
+):
+    model = shake(get_peft_model(tiny_llama(), MokaConfig(r=3, init_weights="nearest")))
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(tiny_llama(), tmp_path, is_trainable=True, low_cpu_mem_usage=True)
+    assert torch.equal(logits(again, tokens), logits(model, tokens))

@@ -117,6 +117,16 @@ def test_a_weighted_sum_of_adapters_is_exact_and_reads_back(tiny_llama, tokens, 
     assert all(p.grad is not None for name, p in model.named_parameters() if ".sum." in name and p.requires_grad)
 
 
+def test_a_weighted_sum_takes_adapters_that_are_scaled_to_zero_or_merged(tiny, shake):
+    model = pair(tiny, shake)
+    for layer in layers(model):
+        layer.set_scale("one", 0.0)
+    model.merge_adapter(["other"])
+    model.add_weighted_adapter(["one", "other"], [0.7, 2.0], "sum")
+    for layer in layers(model):
+        torch.testing.assert_close(layer.get_delta_weight("sum"), 2.0 * layer.get_delta_weight("other"))
+
+
 def test_a_weighted_sum_over_a_bfloat16_base_is_as_exact(tiny_llama, shake):
     model = pair(tiny_llama().bfloat16(), shake)
     model.add_weighted_adapter(["one", "other"], [0.7, -1.3], "sum")
