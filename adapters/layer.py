@@ -176,12 +176,15 @@ class MokaLayer(BaseTunerLayer):
     def _undo_cast(self, adapter_name: str) -> None:
         """Give an adapter that a trainer cast to 16 bits float32 again, see `keep_float32`.
 
-        Not where processes work together: DDP, FSDP and DeepSpeed know the parameters by their dtype, FSDP and
-        DeepSpeed cast them to 16 bits for the forward pass and keep float32 themselves.
+        Not where a wrapper has taken the parameters: FSDP and DeepSpeed cast them for the forward pass and keep float32
+        themselves, and would never see what is put in their place; DDP would no longer add up the gradients.
         """
         if not self.moka_fp32[adapter_name] or not self._cast_parameters(adapter_name):
             return
-        if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        if getattr(self, "_is_fsdp_managed_module", False):  # set by FSDP, and by nothing here
+            return
+        together = torch.distributed.is_available() and torch.distributed.is_initialized()
+        if not together or torch.distributed.get_world_size() == 1:
             self.keep_float32(adapter_name)
         elif DistributedDataParallel._get_active_ddp_module() is not None:
             raise AdapterError(

@@ -340,14 +340,24 @@ def test_a_hot_swap_writes_the_saved_adapter_into_the_tensors_that_are_there(sav
     shake(model, seed=9)
     with pytest.raises(ValueError, match="MOKA was passed"):
         hotswap.hotswap_adapter(model, folder, "default")
+    held = [p for name, p in model.named_parameters() if ".moka_" in name]
+    assert not torch.allclose(logits(model, tokens), expected)
+    hotswap_adapter(model, folder)
+    assert torch.equal(logits(model, tokens), expected)
+    assert all(p is q for p, q in zip(held, (p for n, p in model.named_parameters() if ".moka_" in n), strict=True))
+
+
+@pytest.mark.slow
+def test_a_hot_swap_does_not_compile_a_compiled_model_again(saved, tiny_folder, tokens, shake):
+    folder, expected = saved
+    model = shake(PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_folder), folder))
     counter = CompileCounterWithBackend("eager")
     compiled = torch.compile(model, backend=counter)
     assert not torch.allclose(logits(compiled, tokens), expected)
-    held, graphs = [p for name, p in model.named_parameters() if ".moka_" in name], counter.frame_count
+    graphs = counter.frame_count
     hotswap_adapter(model, folder)
     torch.testing.assert_close(logits(compiled, tokens), expected, rtol=1e-4, atol=1e-4)
     assert graphs > 0 and counter.frame_count == graphs
-    assert all(p is q for p, q in zip(held, (p for n, p in model.named_parameters() if ".moka_" in n), strict=True))
 
 
 @pytest.mark.parametrize(

@@ -41,7 +41,7 @@ def test_each_module_takes_the_shapes_of_its_pattern_and_the_others_those_of_the
     assert shapes_of(model, "layers.1.mlp.down_proj") == layer.balanced_shapes(64, 128, 3)
     resolved = model.peft_config["default"].resolved_shapes
     assert set(resolved) == {
-        "64x64:3:q_proj",
+        "64x64:3-ladder:q_proj",
         "32x64:3",
         r"32x64:3:layers\.1\.self_attn\.v_proj",
         "64x128:3:down_proj",

@@ -51,7 +51,7 @@ def losses(model, wrapped, tokens, share):
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        found.append(share * loss.detach())
+        found.append(share * loss.detach().float())
     found = torch.stack(found)
     if share != 1.0:
         dist.all_reduce(found)
