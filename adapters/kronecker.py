@@ -63,6 +63,9 @@ def balanced_shapes(n_out: int, n_in: int, n_shapes: int) -> list[tuple[int, int
     [(24, 24), (18, 32), (32, 18)]
     >>> balanced_shapes(7, 13, 3)  # primes leave nothing but rank one
     [(7, 1), (1, 13)]
+
+    Raises:
+        ValueError: a size or the number of shapes is below one.
     """
     if min(n_out, n_in, n_shapes) < 1:
         raise ValueError(f"n_out, n_in and n_shapes must be positive, got {n_out}, {n_in} and {n_shapes}")

@@ -20,6 +20,9 @@ def ladder_shapes(n_out: int, n_in: int, n_shapes: int) -> list[tuple[int, int]]
     [(1, 4096), (2, 2048), (4, 1024), (8, 512), (16, 256)]
     >>> ladder_shapes(7, 13, 3)
     [(1, 13)]
+
+    Raises:
+        ValueError: a size or the number of shapes is below one.
     """
     if min(n_out, n_in, n_shapes) < 1:
         raise ValueError(f"n_out, n_in and n_shapes must be positive, got {n_out}, {n_in} and {n_shapes}")

@@ -202,7 +202,10 @@ def _check_not_output(model: nn.Module, target: nn.Module, key: str) -> None:
     """Refuse the output layer of a language model, and any layer that shares its weight with the input embedding."""
     if not isinstance(model, PreTrainedModel):
         return
-    own = getattr(model.get_input_embeddings(), "weight", None)
+    try:
+        own = getattr(model.get_input_embeddings(), "weight", None)
+    except NotImplementedError:  # models of sound and of images
+        own = None
     tied = own is not None and getattr(target, "weight", None) is own
     if not tied and target is not model.get_output_embeddings():
         return

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import GPT2Config, GPT2LMHeadModel, Wav2Vec2Config, Wav2Vec2ForCTC
 
 from krontune.adapters import AdapterError, MokaConfig, MokaLayer, export_merged, load_base
 from krontune.adapters.identity import identity_mix, identity_sizes
@@ -202,6 +202,15 @@ def test_the_conv1d_of_gpt2_is_adapted_merged_and_exported(tokens, shake, tmp_pa
     torch.testing.assert_close(logits(model, tokens), expected, rtol=1e-4, atol=1e-4)
     model.unmerge_adapter()
     assert torch.equal(logits(model, tokens), expected)
+
+
+def test_a_model_of_sound_without_input_embeddings_is_adapted():
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    convolutions = {"conv_dim": (8,), "conv_stride": (4,), "conv_kernel": (8,), "num_feat_extract_layers": 1}
+    config = Wav2Vec2Config(**sizes, **convolutions, num_conv_pos_embeddings=4, num_conv_pos_embedding_groups=2)
+    model = get_peft_model(Wav2Vec2ForCTC(config), MokaConfig(target_modules=["q_proj", "lm_head"], r=2))
+    model(torch.randn(1, 400)).logits.sum().backward()
+    assert any(p.grad.any() for name, p in model.named_parameters() if "lm_head.moka_B" in name)
 
 
 @pytest.mark.parametrize("size", [(896, 896), (11008, 64), (64, 11008), (1536, 576), (151936, 8), (49152, 16), (13, 7)])
