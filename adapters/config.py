@@ -29,8 +29,9 @@ class MokaConfig(PeftConfig):
     weight alpha / r. The gates g are one static vector a layer: a trained adapter merges.
 
     The paper does not state initialisation, alpha or dropout; those here are this library's choice. Parameters are kept
-    in float32 even where a trainer casts them to bfloat16, in which small steps are lost; they compute in the dtype of
-    the activations. `get_peft_model(..., autocast_adapter_dtype=False)` gives them the dtype of the base instead.
+    in float32 even where a trainer casts them to bfloat16, in which small steps are lost (in several processes by
+    `keep_float32`); they compute in the dtype of the activations. `get_peft_model(..., autocast_adapter_dtype=False)`
+    gives them the dtype of the base instead.
 
     Args:
         r: how many Kronecker products a layer. They differ in rank as their shapes do; r does not bound it.
