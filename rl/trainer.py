@@ -53,11 +53,11 @@ class DenseRolloutGRPOTrainer(GRPOTrainer):
         for scorer in (self.model, self.ref_model):
             if scorer is not None:
                 score_labelled_only(self.accelerator.unwrap_model(scorer))
-        keep_float32(self.model)
+        policy = self.accelerator.unwrap_model(self.model)
+        keep_float32(policy)  # before DDP takes what TRL has cast
         self.dense_rollouts = dense_rollouts and not self.use_vllm
         self.share_prompts = share_prompts
         if share_prompts:
-            policy = self.accelerator.unwrap_model(self.model)
             with _evaluating(policy), self.accelerator.autocast():
                 refuse_leaks(policy)
 
