@@ -153,6 +153,40 @@ def test_settled_heads_read_as_among_all(kind, options):
         torch.testing.assert_close(some[layer].fai, every[layer].fai[:, remote], rtol=0, atol=1e-6)
 
 
+def test_settled_heads_use_the_log_sum_exp_of_the_models_own_attention(monkeypatch):
+    model = tiny()
+    ids, attended, response = batch()
+    heads = {1: ([0], [3]), 3: ([1, 2], [0])}
+    every = read_rhythm(model, ids, attended, response, [1, 3], heads=heads, **OPTIONS)
+
+    def again(*_, **__):
+        raise AssertionError("the log-sum-exp is found again")
+
+    monkeypatch.setattr("krontune.rl.rhythm.log_sum_exp", again)
+    masks = {"response_mask": response, "attention_mask": attended}
+    with probe(model, [1, 3], heads=heads, **masks, **OPTIONS) as kept:
+        model(input_ids=ids, attention_mask=attended)
+    for layer, rhythm in kept.items():
+        torch.testing.assert_close(rhythm.waad, every[layer].waad, rtol=0, atol=1e-5)
+        torch.testing.assert_close(rhythm.fai, every[layer].fai, rtol=0, atol=1e-6)
+
+
+def test_an_error_in_the_forward_leaves_nothing_behind():
+    model = tiny().train()
+    model.model.layers[3].eval()
+    modes = [module.training for module in model.modules()]
+    functions = dict(ALL_ATTENTION_FUNCTIONS)
+
+    def fail(*_):
+        raise KeyboardInterrupt
+
+    model.model.layers[1].mlp.register_forward_hook(fail)
+    with pytest.raises(KeyboardInterrupt):
+        read_rhythm(model, *batch(), [2], **OPTIONS)
+    assert dict(ALL_ATTENTION_FUNCTIONS) == functions and torch.is_grad_enabled()
+    assert [module.training for module in model.modules()] == modes
+
+
 def test_stopping_early_reads_the_same_and_runs_no_later_layer():
     model = tiny().train()
     ids, attended, response = batch()

@@ -2,68 +2,42 @@
 
 import inspect
 import os
-import random
-import string
 import subprocess
 import sys
-from copy import deepcopy
 from pathlib import Path
 
 import pytest
 import torch
 import trl
-from datasets import Dataset
-from peft import LoraConfig
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-from trl import GRPOConfig, GRPOTrainer
+from trl import GRPOTrainer
 from trl.trainer import utils as trl_utils
 from trl.trainer.grpo_trainer import shuffle_sequence_dict, split_tensor_dict
 
-from krontune.adapters import MokaConfig, load_base
+from krontune.adapters import load_base
 from krontune.rl import trainer as trainer_module
 from krontune.rl.credit import TokenCredit
 from krontune.rl.errors import RlError
 from krontune.rl.heads import pool, split_heads
 from krontune.rl.rhythm import read_rhythm
 from krontune.rl.risk import Risk
-from krontune.rl.trainer import TokenCreditGRPOTrainer
+
+sys.path.insert(0, str(Path(__file__).parent))
+from tiny_grpo import (  # noqa: E402
+    ADAPTERS,
+    SHORT,
+    first_batch,
+    gradient_of,
+    logged,
+    make,
+    scripted,
+    tiny_model,
+    tiny_tokenizer,
+    train,
+    weights,
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
 torch.set_num_threads(1)
-
-# Completions of 24 tokens, most of which have an FAI within 2 to 8 tokens.
-SHORT = TokenCredit(horizon=(2, 8), window=4, credit_truncated=True)
-ADAPTERS = {
-    "lora": LoraConfig(r=4, target_modules="all-linear"),
-    "moka": MokaConfig(r=4, target_modules="all-linear"),
-}
-
-
-def tiny_model():
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=104,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        initializer_range=0.1,
-        bos_token_id=1,
-        eos_token_id=2,
-        pad_token_id=0,
-    )
-    return LlamaForCausalLM(config)
-
-
-def tiny_tokenizer():
-    vocabulary = {token: i for i, token in enumerate(["<pad>", "<s>", "</s>", "<unk>", *string.printable])}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>"
-    )
 
 
 @pytest.fixture(scope="module")
@@ -72,69 +46,6 @@ def tiny_folder(tmp_path_factory):
     tiny_model().save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
     return folder
-
-
-def letters(completions, **_):
-    return [sum(c in "aeiou" for c in text) / 10 for text in completions]
-
-
-def make(out, credit=SHORT, kind=TokenCreditGRPOTrainer, model=None, peft_config=None, reward=letters, **options):
-    defaults = {
-        "per_device_train_batch_size": 4,
-        "num_generations": 4,
-        "max_completion_length": 24,
-        "max_steps": 2,
-        "learning_rate": 1e-2,
-        "logging_steps": 1,
-        "bf16": False,
-        "use_cpu": True,
-        "gradient_checkpointing": False,
-        "report_to": "none",
-        "save_strategy": "no",
-        "disable_tqdm": True,
-        "seed": 3,
-    }
-    ours = {} if kind is GRPOTrainer else {"credit": credit, "dense_rollouts": False}
-    rest = {name: options.pop(name) for name in ("risk", "rollout_func", "share_prompts") if name in options}
-    return kind(
-        model=model if model is not None else tiny_model(),
-        args=GRPOConfig(output_dir=str(out), **(defaults | options)),
-        train_dataset=Dataset.from_dict({"prompt": ["say a", "say bee", "c", "say d again"]}),
-        processing_class=tiny_tokenizer(),
-        reward_funcs=reward,
-        peft_config=deepcopy(peft_config),
-        **ours,
-        **rest,
-    )
-
-
-def train(trainer):
-    """Samples alike for every trainer."""
-    torch.manual_seed(0)
-    trainer.train()
-
-
-def first_batch(trainer):
-    """What one call of the overridden method returns, for rows as the data loader gives them."""
-    trainer.model.train()
-    torch.manual_seed(0)
-    rows = [{"prompt": text} for text in ("say a", "say bee") for _ in range(4)]
-    return trainer._generate_and_score_completions(rows)
-
-
-def gradient_of(trainer, batch):
-    trainer.model.zero_grad()
-    trainer.current_gradient_accumulation_steps = 1
-    trainer.compute_loss(trainer.model, dict(batch)).backward()
-    return torch.cat([p.grad.flatten() for p in trainer.model.parameters() if p.grad is not None])
-
-
-def weights(trainer):
-    return torch.cat([p.detach().flatten().clone() for p in trainer.model.parameters() if p.requires_grad])
-
-
-def logged(trainer, name):
-    return [line[name] for line in trainer.state.log_history if name in line]
 
 
 # The seam.
@@ -337,6 +248,24 @@ def test_the_pass_reads_the_same_in_chunks_of_any_size(rows, tmp_path):
         torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
 
 
+def test_between_the_batches_that_measure_the_split_only_settled_heads_are_read(tmp_path, monkeypatch):
+    asked = []
+
+    def noting(*arguments, **options):
+        asked.append(options.get("heads"))
+        return read_rhythm(*arguments, **options)
+
+    trainer = make(tmp_path, TokenCredit(horizon=(2, 8), credit_truncated=True, head_refresh=3))
+    monkeypatch.setattr(trainer_module, "read_rhythm", noting)
+    splits = []
+    for _ in range(4):
+        first_batch(trainer)
+        splits.append(trainer.head_split.state_dict()["_heads"])
+    chunks = len(asked) // 4  # of four rows
+    assert asked[::chunks] == [None, splits[0], splits[0], None]
+    assert sum(len(local) for local, _ in splits[0].values()) == 2  # of 8 heads, 30 %
+
+
 def test_evaluation_keeps_trls_advantages(tmp_path):
     trainer = make(tmp_path)
     trainer.model.eval()
@@ -392,18 +321,6 @@ def test_adapters_on_a_four_bit_base_train_with_credit(adapter, tiny_folder, tmp
     trainer.train()
     assert all(torch.isfinite(p).all() for p in trainer.model.parameters() if p.requires_grad)
     assert logged(trainer, "credit/share")[0] > 0
-
-
-def scripted(prompts, trainer):
-    """Completions that depend on the prompt and on nothing else, of uneven lengths, with a tool's output in each."""
-    rollout = {"prompt_ids": [], "completion_ids": [], "logprobs": None, "env_mask": []}
-    for number, prompt in enumerate(prompts):
-        draw = random.Random(f"{prompt} {number % 4}")
-        length = draw.randint(13, 24)
-        rollout["prompt_ids"].append(trainer.processing_class(prompt)["input_ids"])
-        rollout["completion_ids"].append([*(draw.randint(4, 100) for _ in range(length - 1)), 2])
-        rollout["env_mask"].append([0 if 5 <= t < 9 else 1 for t in range(length)])
-    return rollout
 
 
 def test_tool_output_is_never_credited(tmp_path):
