@@ -74,7 +74,8 @@ def test_trl_still_hands_over_a_batch_of_these_keys_and_shapes(tmp_path):
     rows, length = batch["completion_ids"].shape
     assert rows == 8 and batch["advantages"].shape == (8,)
     assert batch["completion_mask"].shape == (8, length) and batch["prompt_ids"].shape == batch["prompt_mask"].shape
-    assert trainer.eos_token_ids == [2] and trainer.temperature == 1.0 and trainer.num_generations == 4
+    assert trainer.eos_token_ids == [2] and trainer._tokenizer.pad_token_id == 0
+    assert trainer.temperature == 1.0 and trainer.num_generations == 4
     assert list(trainer._logs["advantages"])[-4:] == batch["advantages"][-4:].tolist()
     assert "reward" in trainer._metrics["train"] and len(trainer.reward_weights) == 1
 
@@ -182,6 +183,24 @@ def test_truncated_completions_keep_gamma_one_unless_asked(tmp_path):
     cut = ~(batch["completion_ids"] == 2).any(1)
     assert cut.any()
     assert (batch["advantages"][cut] == batch["advantages"][cut][:, :1]).all()
+
+
+def ending_in(token):
+    def rollout(prompts, trainer):
+        said = scripted(prompts, trainer)
+        said["completion_ids"] = [[*ids[:-1], token] for ids in said["completion_ids"]]
+        return said
+
+    return rollout
+
+
+@pytest.mark.parametrize(("last", "cut"), [(2, False), (0, False), (50, True)])
+def test_what_counts_as_cut_is_what_trl_counts(last, cut, tmp_path):
+    # Generation that a stop string ended is filled up with padding, which TRL takes for an end, too.
+    trainer = make(tmp_path, TokenCredit(strategy="random"), rollout_func=ending_in(last))
+    first_batch(trainer)
+    assert trainer._metrics["train"]["completions/clipped_ratio"] == [float(cut)]
+    assert (trainer._metrics["train"]["credit/share"] == [0.0]) == cut
 
 
 def only_some_groups(completions, **_):
@@ -337,6 +356,7 @@ def run_of_this_process(folder, per_device):
     """One run on the scripted completions, from the command line too: see the next test."""
     credit = TokenCredit(horizon=(2, 8), window=4, head_refresh=2)
     options = {"per_device_train_batch_size": per_device, "max_steps": 3, "rollout_func": scripted, "risk": Risk()}
+    options |= {"num_generations": 8}  # one group, which two processes share
     trainer = make(folder, credit, peft_config=ADAPTERS["lora"], ddp_find_unused_parameters=False, **options)
     trainer.train()
     lines = [
@@ -372,6 +392,20 @@ def test_risk_replaces_the_advantages_and_the_table_shows_it(tmp_path):
     assert trainer._metrics["train"]["risk/zero_groups"] == [0.0]
 
 
+def test_a_graded_reward_may_once_give_zeros_and_ones_alone_and_the_run_goes_on(tmp_path):
+    def of_the_next(rewards):
+        return lambda completions, **_: next(rewards)
+
+    options = {"risk": Risk(weight=1.0, alpha=0.5), "per_device_train_batch_size": 8}
+    graded, binary = [0.0, 0.5, 1.0, 1.0] * 2, [0.0, 0.0, 1.0, 1.0] * 2
+    trainer = make(tmp_path, TokenCredit(strategy="off"), reward=of_the_next(iter([graded, binary])), **options)
+    assert first_batch(trainer)["advantages"][0] < 0
+    assert (first_batch(trainer)["advantages"] == 0).all()
+    trainer = make(tmp_path, TokenCredit(strategy="off"), reward=of_the_next(iter([binary])), **options)
+    with pytest.raises(RlError, match="hard prompts would starve"):
+        first_batch(trainer)
+
+
 def test_risk_at_the_mean_trains_as_trl_does_without_scaling(tmp_path):
     ours = make(tmp_path, TokenCredit(strategy="off"), risk=Risk(alpha=1.0))
     theirs = make(tmp_path, kind=GRPOTrainer, scale_rewards="none")
@@ -392,11 +426,12 @@ def test_risk_and_credit_compose(tmp_path):
 def test_a_run_that_is_continued_ends_like_an_unbroken_one(tmp_path):
     credit = TokenCredit(horizon=(2, 8), credit_truncated=True, head_refresh=2)
     options = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "lr_scheduler_type": "constant"}
+    options |= {"risk": Risk(weight=0.9)}
     whole = make(tmp_path / "whole", credit, peft_config=ADAPTERS["lora"], **options)
     whole.train()
     continued = make(tmp_path / "new", credit, peft_config=ADAPTERS["lora"], **options)
     continued.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
-    assert continued._batches == whole._batches == 4
+    assert continued._batches == whole._batches == 4 and continued._graded
     assert continued.head_split.state_dict()["_heads"] == whole.head_split.state_dict()["_heads"]
     torch.testing.assert_close(weights(continued), weights(whole))
 

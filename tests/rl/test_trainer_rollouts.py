@@ -136,7 +136,7 @@ def as_the_engine(prompts, trainer):
 @pytest.mark.parametrize("mode", ["token_truncate", "sequence_mask"])
 def test_completions_of_an_engine_are_credited_alike_under_each_kind_of_its_correction(mode, tmp_path, monkeypatch):
     monkeypatch.setattr(grpo_trainer, "VLLMGeneration", Engine)
-    options = {"vllm_importance_sampling_mode": mode, "vllm_importance_sampling_clip_max": 1e9, "max_steps": 1}
+    options = {"vllm_importance_sampling_mode": mode, "vllm_importance_sampling_clip_max": 1e9}
     trainer = make(tmp_path, use_vllm=True, dense_rollouts=True, **options)
     assert not trainer.dense_rollouts
     batch = first_batch(trainer)
@@ -149,8 +149,15 @@ def test_completions_of_an_engine_are_credited_alike_under_each_kind_of_its_corr
     mean = ((batch["advantages"] * mask).sum(1) / mask.sum(1))[:, None].expand_as(mask)
     by_token, by_mean = gradient_of(trainer, batch), gradient_of(trainer, batch | {"advantages": mean})
     assert (by_token - by_mean).norm() > 0.01 * by_mean.norm()
+    assert trainer.vllm_generation.synced == 1
+
+
+def test_a_run_with_an_engine_trains_with_credit(tmp_path, monkeypatch):
+    monkeypatch.setattr(grpo_trainer, "VLLMGeneration", Engine)
+    trainer = make(tmp_path, use_vllm=True, peft_config=ADAPTERS["moka"], vllm_importance_sampling_clip_max=1e9)
     trainer.train()
-    assert trainer.vllm_generation.synced > 0 and logged(trainer, "credit/share")[0] > 0
+    assert trainer.vllm_generation.synced == 2 and logged(trainer, "credit/share")[0] > 0
+    assert all(number > 0 for number in logged(trainer, "grad_norm"))
 
 
 @pytest.mark.skipif(find_spec("vllm") is not None, reason="vllm is installed")
