@@ -373,12 +373,11 @@ class TokenCreditGRPOTrainer(DenseRolloutGRPOTrainer):
         """Of the policy at each completion token, at the sampling temperature: (B, C) each, the entropy in nats."""
         ids = torch.cat([row["prompt_ids"], row["completion_ids"]], 1)
         attended = torch.cat([row["prompt_mask"], row["completion_mask"]], 1)
-        model, length = self._policy, row["completion_ids"].shape[1]
-        with evaluating(model), self.accelerator.autocast():
-            logits = model(input_ids=ids, attention_mask=attended, use_cache=False).logits[:, -length - 1 : -1]
-        every = (logits.float() / self.temperature).log_softmax(-1)  # (B, C, V)
-        log_probs = every.gather(2, row["completion_ids"][:, :, None])[:, :, 0]
-        return log_probs, -(every.exp() * every).sum(-1).detach()
+        with evaluating(self._policy):
+            log_probs, entropy, _ = self._get_per_token_logps_and_entropies(
+                self._policy, ids, attended, row["completion_ids"].shape[1], compute_entropy=True
+            )
+        return log_probs, entropy.detach()
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         super()._save_checkpoint(model, trial)

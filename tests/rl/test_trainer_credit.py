@@ -304,6 +304,33 @@ def test_a_run_logs_what_was_credited(strategy, tmp_path):
     assert bool(logged(trainer, "credit/fai_share")) == (strategy == "coupled")
 
 
+def test_log_probabilities_and_entropies_are_those_of_each_token_at_the_sampling_temperature(tmp_path):
+    trainer = make(tmp_path, TokenCredit(strategy="entropy"), rollout_func=scripted, temperature=0.7)
+    batch = first_batch(trainer)
+    row = {name: values[:2] for name, values in batch.items() if name != "num_items_in_batch"}
+    log_probs, entropy = trainer._log_probs_and_entropy(row)
+    assert log_probs.requires_grad and not entropy.requires_grad and trainer.model.training
+    for at in range(2):
+        prompt = row["prompt_ids"][at][row["prompt_mask"][at] == 1]
+        said = row["completion_ids"][at][row["completion_mask"][at] == 1]
+        every = (trainer.model(torch.cat([prompt, said])[None]).logits[0] / 0.7).log_softmax(-1)
+        before = every[len(prompt) - 1 : -1]  # what is said of a token stands a place before it
+        expected = before.gather(1, said[:, None])[:, 0], -(before.exp() * before).sum(1)
+        for got, wanted in zip((log_probs, entropy), expected, strict=True):
+            torch.testing.assert_close(got[at, : len(said)], wanted, rtol=0, atol=1e-4)
+
+
+def test_the_strategy_entropy_takes_the_tokens_of_which_the_policy_was_least_sure(tmp_path):
+    trainer = make(tmp_path, TokenCredit(strategy="entropy"), rollout_func=scripted)
+    batch = first_batch(trainer)
+    at = int(batch["advantages"].abs().amax(1).argmax())
+    row = {name: values[at : at + 1] for name, values in batch.items() if name != "num_items_in_batch"}
+    own, size = (row["completion_mask"] * row["tool_mask"])[0] == 1, row["advantages"][0].abs()
+    entropy = trainer._log_probs_and_entropy(row)[1][0]
+    chosen = own & (size > size.min() * 1.2)
+    assert chosen.any() and entropy[chosen].min() >= entropy[own & ~chosen].max()
+
+
 def test_the_cosine_is_one_for_uniform_credit_and_leaves_training_alone(tmp_path):
     uniform = TokenCredit(strategy="uniform", credit_truncated=True)
     measured = make(tmp_path, TokenCredit(strategy="uniform", credit_truncated=True, cosine_every=1))
