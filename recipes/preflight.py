@@ -6,6 +6,7 @@ import re
 import tempfile
 from collections.abc import Iterator
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -331,6 +332,11 @@ def _trainer_faults(recipe: Recipe, stage: Any, config_class: str) -> Found:
             yield ("trainer", key), f"{key} is {value}; give at least {LEAST[key]}"
     if values.get("max_steps") == 0:
         yield ("trainer", "max_steps"), "max_steps is 0; give at least 1, or leave it out to go by num_train_epochs"
+    if values.get("use_vllm") and find_spec("vllm") is None:
+        yield (
+            ("trainer", "use_vllm"),
+            "use_vllm needs the package vllm, which is not installed: install it, or leave it out",
+        )
     with tempfile.TemporaryDirectory() as folder:
         try:
             getattr(trl, config_class)(**trainer_arguments(recipe, stage.trainer, Path(folder)))

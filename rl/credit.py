@@ -20,11 +20,11 @@ from typing import NamedTuple
 import torch
 
 from .errors import RlError
+from .heads import SCHEDULES
 from .rhythm import BACKENDS
 
 SIGNS = ("both", "positive", "negative")
 NORMALIZATIONS = ("none", "mean")
-SPLITS = ("averaged", "fixed", "per_batch")
 
 
 @dataclass(frozen=True)
@@ -290,7 +290,7 @@ _CHOICES = {
     "strategy": tuple(RULES),
     "sign": SIGNS,
     "normalize": NORMALIZATIONS,
-    "head_split": SPLITS,
+    "head_split": SCHEDULES,
     "backend": BACKENDS,
 }
 

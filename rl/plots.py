@@ -79,7 +79,11 @@ def draw_completion(
     """`rhythm_svg` of what the model's attention says about a completion, with one forward.
 
     Heads are split by this one completion (`TokenCredit.head_split` of a run averages over many). The prompt is text
-    as the model gets it, chat template included; no special tokens are added.
+    as the model gets it, chat template included; no special tokens are added. Gamma is what a response with a credited
+    advantage would get; with the strategy "entropy" it is not shown.
+
+    Raises:
+        RlError: a completion without tokens; attention that cannot be read, see `probe`.
     """
     import torch
 
@@ -99,12 +103,13 @@ def draw_completion(
     rhythms = read_rhythm(model, ids, torch.ones_like(ids), response, credit.layers, **options)
     spans = {layer: rhythm.span[0] for layer, rhythm in rhythms.items() if rhythm.span is not None}
     waad, fai = pool(rhythms, split_heads(spans, credit.head_quantile))
+    excluded = torch.isin(ids, torch.tensor(credit.exclude_ids, device=device))
     marks = {
-        "anchors": anchor_tokens(fai, response, credit.horizon, credit.top_q),
-        "preplan": preplan_tokens(waad, response, credit.top_q),
+        "anchors": anchor_tokens(fai, response, credit.horizon, credit.top_q, excluded),
+        "preplan": preplan_tokens(waad, response, credit.top_q, excluded),
     }
     if credit.strategy != "entropy":
-        marks["gamma"] = token_credit(waad, fai, response, credit)
+        marks["gamma"] = token_credit(waad, fai, response, credit, excluded=excluded)
     shown = {name: mark[0, len(before) :] for name, mark in marks.items()}
     texts = [tokenizer.decode([token]) for token in after]
     return rhythm_svg(texts, waad[0, len(before) :], fai[0, len(before) :], width=width, title=title, **shown)

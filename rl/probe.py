@@ -63,18 +63,20 @@ def probe(
         layers: indices; None for five of the middle third, see `middle_third`.
         response_mask, attention_mask, segment_ids, window, horizon, backend: see `attention_rhythm`. The attention
             mask must be the one that the model is called with.
-        heads: (local, global) by layer, once settled: no others are computed, see `attention_rhythm`.
+        heads: (local, global) of each layer read, once settled: no others are computed, see `attention_rhythm`.
         stop_early: leave the forward, and the `with` block, when the last of the layers has been read. What follows
             the model's call inside the block is not run. Not for FSDP or ZeRO-3, which expect a forward to end.
 
     Raises:
-        RlError: unknown layers; adapters that are off; attention that cannot be read (a softcap, sinks, linear,
-            chunked or latent attention, a cache, a bias on scores); and, at the end of the block, layers that were
-            not read once.
+        RlError: unknown layers, or heads of others; adapters that are off; attention that cannot be read (a softcap,
+            sinks, linear, chunked or latent attention, a cache, a bias on scores); and, at the end of the block,
+            layers that were not read once.
     """
     decoder, functions, name = _attention_of(model)
     chosen = middle_third(len(decoder.layers)) if layers is None else sorted(set(layers))
     places = _attention_modules(decoder, chosen)
+    if heads is not None and set(heads) != set(chosen):
+        raise RlError(f"heads are of the layers {sorted(heads)}, read are {chosen}: give heads of the layers read")
     options = {"window": window, "horizon": horizon, "backend": backend, "segment_ids": segment_ids}
     found: dict[int, Rhythm] = {}
 
@@ -105,7 +107,9 @@ def probe(
         if last:
             read(layer, q, k, arguments, None)
             raise _Enough
-        with _LogSumExp() if heads is not None and segment_ids is None else nullcontext() as kept:
+        # Flex attention cannot run under a dispatch mode; the kernels of a GPU keep their log-sum-exp to themselves.
+        keep = heads is not None and segment_ids is None and name == "sdpa" and q.device.type == "cpu"
+        with _LogSumExp() if keep else nullcontext() as kept:
             output = inner(module, q, k, v, mask, *rest, **arguments)
         read(layer, q, k, arguments, kept.lse if kept and kept.lse is not None else None)
         return output
@@ -141,16 +145,22 @@ def read_rhythm(
 
     Masks and ids are (B, T); options are those of `probe`. Every module is left in the mode it was in.
     """
+    masks = {"attention_mask": attention_mask, "response_mask": response_mask}
+    with evaluating(model), probe(model, layers, stop_early=True, **masks, **options) as rhythms:
+        model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+    return rhythms
+
+
+@contextmanager
+def evaluating(model: torch.nn.Module) -> Iterator[None]:
+    """Without dropout and without gradient checkpointing, each module put back as it was."""
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
-        masks = {"attention_mask": attention_mask, "response_mask": response_mask}
-        with probe(model, layers, stop_early=True, **masks, **options) as rhythms:
-            model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+        yield
     finally:
         for module in training:
             module.training = True
-    return rhythms
 
 
 def middle_third(n_layers: int) -> list[int]:

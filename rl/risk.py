@@ -79,6 +79,11 @@ def risk_advantages(rewards: torch.Tensor, group: int, risk: Risk) -> torch.Tens
     return torch.nan_to_num(prompts - prompts.nanmean(1, keepdim=True), nan=0.0).view(-1)
 
 
+def is_graded(rewards: torch.Tensor) -> bool:
+    """Whether any of the rewards (N,) is neither 0, nor 1, nor nan."""
+    return bool(((rewards != 0) & (rewards != 1) & ~rewards.isnan()).any())
+
+
 def zero_groups(advantages: torch.Tensor, group: int) -> float:
     """Share of prompts all of whose advantages (N,) are zero: they teach nothing."""
     return (advantages.view(-1, group).abs() < 1e-8).all(1).float().mean().item()
@@ -94,4 +99,4 @@ def _tail_end(bundles: torch.Tensor, alpha: float) -> torch.Tensor:
 
 def _is_binary(rewards: torch.Tensor) -> bool:
     """Whether both 0 and 1 occur, and nothing else."""
-    return set(rewards[~rewards.isnan()].tolist()) == {0.0, 1.0}
+    return not is_graded(rewards) and bool((rewards == 0).any() and (rewards == 1).any())

@@ -2,7 +2,8 @@
 
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,9 +19,9 @@ from .credit import TokenCredit, credited, credited_advantages, token_credit
 from .errors import RlError
 from .heads import HeadSplit, pool
 from .labelled_head import score_labelled_only
-from .probe import read_rhythm
+from .probe import evaluating, read_rhythm
 from .rhythm import Rhythm
-from .risk import Risk, risk_advantages, zero_groups
+from .risk import Risk, is_graded, risk_advantages, zero_groups
 from .shared_prompt import pack, refuse_leaks, shared_prefill
 
 _STATE_FILE = "token_credit.pt"
@@ -58,7 +59,7 @@ class DenseRolloutGRPOTrainer(GRPOTrainer):
         self.dense_rollouts = dense_rollouts and not self.use_vllm
         self.share_prompts = share_prompts
         if share_prompts:
-            with _evaluating(policy), self.accelerator.autocast():
+            with evaluating(policy), self.accelerator.autocast():
                 refuse_leaks(policy)
 
     def _generate_single_turn(self, *args: Any, **kwargs: Any) -> Any:
@@ -170,6 +171,7 @@ class TokenCreditGRPOTrainer(DenseRolloutGRPOTrainer):
         )
         self._batches = 0  # sampled so far
         self._batch_rewards: torch.Tensor | None = None
+        self._graded = False  # whether a reward other than 0 and 1 was seen
         if self.credit.strategy != "off":
             self._refuse_lost_credit()
         if risk is not None:
@@ -239,6 +241,9 @@ class TokenCreditGRPOTrainer(DenseRolloutGRPOTrainer):
     def _averse_advantages(self, risk: Risk, local: int) -> torch.Tensor:
         """This process's advantages (local,); the completions table shows them in the place of TRL's."""
         assert self._batch_rewards is not None
+        self._graded = self._graded or is_graded(self._batch_rewards)
+        if self._graded:  # a batch of zeros and ones alone is chance then, and no reason to end a run
+            risk = replace(risk, allow_binary=True)
         advantages = risk_advantages(self._batch_rewards, self._group, risk)
         self._metrics["train"]["risk/zero_groups"].append(zero_groups(advantages, self._group))
         shown = self._logs["advantages"]
@@ -308,9 +313,11 @@ class TokenCreditGRPOTrainer(DenseRolloutGRPOTrainer):
         return whole[0, :, prompt:], whole[1, :, prompt:]
 
     def _finished(self, completion: torch.Tensor, completion_mask: torch.Tensor) -> torch.Tensor:
-        """(B,) whether a completion's last token ends it, rather than the length limit."""
+        """(B,) whether a completion's last token ends it, rather than the length limit. Padding does, as for TRL: it
+        follows where a stop string ended the generation."""
         last = completion.gather(1, (completion_mask.sum(1, keepdim=True) - 1).clamp(min=0))
-        return torch.isin(last, torch.tensor(self.eos_token_ids, device=last.device))[:, 0]
+        ends = torch.tensor([*self.eos_token_ids, self._tokenizer.pad_token_id], device=last.device)
+        return torch.isin(last, ends)[:, 0]
 
     def _generator(self) -> torch.Generator:
         """Chance of its own for each batch and process, and the same again where a run is continued."""
@@ -366,24 +373,24 @@ class TokenCreditGRPOTrainer(DenseRolloutGRPOTrainer):
         """Of the policy at each completion token, at the sampling temperature: (B, C) each, the entropy in nats."""
         ids = torch.cat([row["prompt_ids"], row["completion_ids"]], 1)
         attended = torch.cat([row["prompt_mask"], row["completion_mask"]], 1)
-        model, length = self._policy, row["completion_ids"].shape[1]
-        with _evaluating(model), self.accelerator.autocast():
-            logits = model(input_ids=ids, attention_mask=attended, use_cache=False).logits[:, -length - 1 : -1]
-        every = (logits.float() / self.temperature).log_softmax(-1)  # (B, C, V)
-        log_probs = every.gather(2, row["completion_ids"][:, :, None])[:, :, 0]
-        return log_probs, -(every.exp() * every).sum(-1).detach()
+        with evaluating(self._policy):
+            log_probs, entropy, _ = self._get_per_token_logps_and_entropies(
+                self._policy, ids, attended, row["completion_ids"].shape[1], compute_entropy=True
+            )
+        return log_probs, entropy.detach()
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         super()._save_checkpoint(model, trial)
         if self.args.should_save:
             folder = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-            torch.save({"batches": self._batches, "heads": self.head_split.state_dict()}, folder / _STATE_FILE)
+            state = {"batches": self._batches, "heads": self.head_split.state_dict(), "graded": self._graded}
+            torch.save(state, folder / _STATE_FILE)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None and (path := Path(checkpoint) / _STATE_FILE).exists():
             state = torch.load(path, weights_only=True)
-            self._batches = state["batches"]
+            self._batches, self._graded = state["batches"], state.get("graded", False)
             self.head_split.load_state_dict(state["heads"])
 
 
@@ -405,15 +412,3 @@ def _joined(parts: list[Rhythm]) -> Rhythm:
     spans = [part.span for part in parts if part.span is not None]
     waad, fai, rows = (torch.cat([getattr(part, name) for part in parts]) for name in ("waad", "fai", "rows"))
     return Rhythm(waad, fai, torch.cat(spans) if spans else None, rows)
-
-
-@contextmanager
-def _evaluating(model: torch.nn.Module) -> Iterator[None]:
-    """Without dropout and without checkpointing, each module put back as it was."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True

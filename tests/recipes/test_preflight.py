@@ -1,3 +1,5 @@
+from importlib.util import find_spec
+
 import pytest
 from transformers import LlamaConfig
 
@@ -63,6 +65,12 @@ def test_an_attention_that_needs_a_gpu_is_a_fault_where_there_is_none(small, mon
     monkeypatch.setattr("torch.accelerator.is_available", lambda: False)
     [fault] = faults_of(small, "base.attn_implementation=flash_attention_2")
     assert "flash_attention_2 needs a GPU" in fault
+
+
+@pytest.mark.skipif(find_spec("vllm") is not None, reason="vllm is installed")
+def test_vllm_that_is_not_installed_is_a_fault_before_anything_is_trained(small):
+    [fault] = faults_of(small, "stages.rl.trainer.use_vllm=true")
+    assert "use_vllm needs the package vllm, which is not installed" in fault
     assert faults_of(small, "base.attn_implementation=sdpa") == []
 
 

@@ -50,18 +50,38 @@ def test_lengths_that_differ_are_refused():
         rhythm_svg([], [], [])
 
 
-def test_a_completion_is_drawn_from_the_models_own_attention():
-    class Letters:
-        def __call__(self, text, add_special_tokens):
-            return {"input_ids": [ord(c) % 100 for c in text]}
+class Letters:
+    """A tokenizer of one token a character."""
 
-        def decode(self, ids):
-            return chr(ids[0] + 32)
+    def __call__(self, text, add_special_tokens):
+        return {"input_ids": [ord(c) % 100 for c in text]}
 
+    def decode(self, ids):
+        return chr(ids[0] + (0 if ids[0] >= 32 else 100))
+
+
+def tiny():
     torch.manual_seed(0)
     options = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
-    model = LlamaForCausalLM(LlamaConfig(vocab_size=128, **options)).train()
+    return LlamaForCausalLM(LlamaConfig(vocab_size=128, **options)).train()
+
+
+def test_a_completion_is_drawn_from_the_models_own_attention():
+    model = tiny()
     svg = draw_completion(model, Letters(), "what?", "x" * 10 + "y" * 30, TokenCredit(horizon=(2, 9)), title="one")
     marks = [e.get("class") for e in ElementTree.fromstring(svg).iter() if e.get("class")]
     assert marks.count("anchor") == marks.count("preplan") == 16  # 0.4 of 40
     assert "gamma 1.5" in svg and model.training
+
+
+def test_excluded_tokens_are_not_marked():
+    credit = TokenCredit(horizon=(2, 9), exclude_ids=(ord("y") % 100,))
+    groups = ElementTree.fromstring(draw_completion(tiny(), Letters(), "what?", "xyzy" * 10, credit)).iter(SVG + "g")
+    marked, gammas = {}, {}
+    for group in groups:
+        if (told := group.find(SVG + "title")) is not None:
+            letter = told.text[0]
+            marked[letter] = marked.get(letter, 0) + sum(e.get("class") is not None for e in group)
+            gammas.setdefault(letter, set()).add(told.text.split()[-1])
+    assert marked["y"] == 0 and gammas["y"] == {"1"}
+    assert marked["x"] + marked["z"] == 32 and len(gammas["x"] | gammas["z"]) > 1

@@ -86,9 +86,17 @@ def test_the_probe_reads_what_output_attentions_gives(kind, attention):
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without")
-def test_flex_attention_is_read():
+def test_flex_attention_is_read_in_all_heads_and_in_settled_ones():
+    model = tiny(attention="flex_attention")
+    ids, attended, response = batch()
+    heads = {1: ([0], [3]), 2: ([1, 2], [])}
     with torch.compiler.set_stance("force_eager"):
-        assert_reads_the_weights(tiny(attention="flex_attention"), [0, 1, 2, 3], atol=2e-4)
+        assert_reads_the_weights(model, [0, 1, 2, 3], atol=2e-4)
+        every = read_rhythm(model, ids, attended, response, [1, 2], **OPTIONS)
+        some = read_rhythm(model, ids, attended, response, [1, 2], heads=heads, **OPTIONS)
+    for layer, (local, remote) in heads.items():
+        torch.testing.assert_close(some[layer].waad, every[layer].waad[:, local], rtol=0, atol=1e-5)
+        torch.testing.assert_close(some[layer].fai, every[layer].fai[:, remote], rtol=0, atol=1e-6)
 
 
 def two_dimensional(module, q, k, v, mask, scaling=None, **_):
@@ -151,6 +159,40 @@ def test_settled_heads_read_as_among_all(kind, options):
     for layer, (local, remote) in heads.items():
         torch.testing.assert_close(some[layer].waad, every[layer].waad[:, local], rtol=0, atol=1e-5)
         torch.testing.assert_close(some[layer].fai, every[layer].fai[:, remote], rtol=0, atol=1e-6)
+
+
+def test_settled_heads_use_the_log_sum_exp_of_the_models_own_attention(monkeypatch):
+    model = tiny()
+    ids, attended, response = batch()
+    heads = {1: ([0], [3]), 3: ([1, 2], [0])}
+    every = read_rhythm(model, ids, attended, response, [1, 3], heads=heads, **OPTIONS)
+
+    def again(*_, **__):
+        raise AssertionError("the log-sum-exp is found again")
+
+    monkeypatch.setattr("krontune.rl.rhythm.log_sum_exp", again)
+    masks = {"response_mask": response, "attention_mask": attended}
+    with probe(model, [1, 3], heads=heads, **masks, **OPTIONS) as kept:
+        model(input_ids=ids, attention_mask=attended)
+    for layer, rhythm in kept.items():
+        torch.testing.assert_close(rhythm.waad, every[layer].waad, rtol=0, atol=1e-5)
+        torch.testing.assert_close(rhythm.fai, every[layer].fai, rtol=0, atol=1e-6)
+
+
+def test_an_error_in_the_forward_leaves_nothing_behind():
+    model = tiny().train()
+    model.model.layers[3].eval()
+    modes = [module.training for module in model.modules()]
+    functions = dict(ALL_ATTENTION_FUNCTIONS)
+
+    def fail(*_):
+        raise KeyboardInterrupt
+
+    model.model.layers[1].mlp.register_forward_hook(fail)
+    with pytest.raises(KeyboardInterrupt):
+        read_rhythm(model, *batch(), [2], **OPTIONS)
+    assert dict(ALL_ATTENTION_FUNCTIONS) == functions and torch.is_grad_enabled()
+    assert [module.training for module in model.modules()] == modes
 
 
 def test_stopping_early_reads_the_same_and_runs_no_later_layer():
@@ -238,6 +280,8 @@ def test_misuse_of_the_probe_is_refused():
     ids, attended, response = batch()
     with pytest.raises(RlError, match="from 0 to 3"):
         read_rhythm(model, ids, attended, response, [4])
+    with pytest.raises(RlError, match=r"heads are of the layers \[1\], read are \[1, 2\]"):
+        read_rhythm(model, ids, attended, response, [1, 2], heads={1: ([0], [1])})
     with pytest.raises(RlError, match="did not call"), probe(model, [1], response_mask=response):
         pass
     with pytest.raises(RlError, match="twice"), probe(model, [1], response_mask=response):

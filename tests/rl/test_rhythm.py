@@ -3,6 +3,7 @@ import itertools
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from krontune.rl.errors import RlError
 from krontune.rl.rhythm import attention_rhythm
@@ -106,6 +107,18 @@ def test_chosen_heads_read_as_they_do_among_all(given):
         torch.testing.assert_close(some.waad, whole.waad[:, local], rtol=0, atol=1e-12)
         torch.testing.assert_close(some.fai, whole.fai[:, remote], rtol=0, atol=1e-12)
         assert some.span is None
+
+
+def test_only_the_chosen_heads_are_computed_and_a_given_log_sum_exp_is_not_found_again():
+    def flops(heads, lse):
+        with FlopCounterMode(display=False) as counted:
+            attention_rhythm(q, k, response, attended, heads=heads, lse=lse, backend="tiled")
+        return counted.get_total_flops()
+
+    q, k, response, attended, _ = batch(300)
+    every, lse = (range(6), range(6)), torch.zeros(q.shape[:3])
+    assert flops(every, lse) == 6 * flops(([4], [5]), lse) > 0
+    assert flops(every, None) == 6 * flops(([4], [5]), None) > 1.5 * flops(every, lse)
 
 
 def test_gradients_do_not_flow_into_the_rhythm():

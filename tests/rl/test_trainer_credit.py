@@ -2,68 +2,42 @@
 
 import inspect
 import os
-import random
-import string
 import subprocess
 import sys
-from copy import deepcopy
 from pathlib import Path
 
 import pytest
 import torch
 import trl
-from datasets import Dataset
-from peft import LoraConfig
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-from trl import GRPOConfig, GRPOTrainer
+from trl import GRPOTrainer
 from trl.trainer import utils as trl_utils
 from trl.trainer.grpo_trainer import shuffle_sequence_dict, split_tensor_dict
 
-from krontune.adapters import MokaConfig, load_base
+from krontune.adapters import load_base
 from krontune.rl import trainer as trainer_module
 from krontune.rl.credit import TokenCredit
 from krontune.rl.errors import RlError
 from krontune.rl.heads import pool, split_heads
 from krontune.rl.rhythm import read_rhythm
 from krontune.rl.risk import Risk
-from krontune.rl.trainer import TokenCreditGRPOTrainer
+
+sys.path.insert(0, str(Path(__file__).parent))
+from tiny_grpo import (  # noqa: E402
+    ADAPTERS,
+    SHORT,
+    first_batch,
+    gradient_of,
+    logged,
+    make,
+    scripted,
+    tiny_model,
+    tiny_tokenizer,
+    train,
+    weights,
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
 torch.set_num_threads(1)
-
-# Completions of 24 tokens, most of which have an FAI within 2 to 8 tokens.
-SHORT = TokenCredit(horizon=(2, 8), window=4, credit_truncated=True)
-ADAPTERS = {
-    "lora": LoraConfig(r=4, target_modules="all-linear"),
-    "moka": MokaConfig(r=4, target_modules="all-linear"),
-}
-
-
-def tiny_model():
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=104,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        initializer_range=0.1,
-        bos_token_id=1,
-        eos_token_id=2,
-        pad_token_id=0,
-    )
-    return LlamaForCausalLM(config)
-
-
-def tiny_tokenizer():
-    vocabulary = {token: i for i, token in enumerate(["<pad>", "<s>", "</s>", "<unk>", *string.printable])}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>"
-    )
 
 
 @pytest.fixture(scope="module")
@@ -72,69 +46,6 @@ def tiny_folder(tmp_path_factory):
     tiny_model().save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
     return folder
-
-
-def letters(completions, **_):
-    return [sum(c in "aeiou" for c in text) / 10 for text in completions]
-
-
-def make(out, credit=SHORT, kind=TokenCreditGRPOTrainer, model=None, peft_config=None, reward=letters, **options):
-    defaults = {
-        "per_device_train_batch_size": 4,
-        "num_generations": 4,
-        "max_completion_length": 24,
-        "max_steps": 2,
-        "learning_rate": 1e-2,
-        "logging_steps": 1,
-        "bf16": False,
-        "use_cpu": True,
-        "gradient_checkpointing": False,
-        "report_to": "none",
-        "save_strategy": "no",
-        "disable_tqdm": True,
-        "seed": 3,
-    }
-    ours = {} if kind is GRPOTrainer else {"credit": credit, "dense_rollouts": False}
-    rest = {name: options.pop(name) for name in ("risk", "rollout_func", "share_prompts") if name in options}
-    return kind(
-        model=model if model is not None else tiny_model(),
-        args=GRPOConfig(output_dir=str(out), **(defaults | options)),
-        train_dataset=Dataset.from_dict({"prompt": ["say a", "say bee", "c", "say d again"]}),
-        processing_class=tiny_tokenizer(),
-        reward_funcs=reward,
-        peft_config=deepcopy(peft_config),
-        **ours,
-        **rest,
-    )
-
-
-def train(trainer):
-    """Samples alike for every trainer."""
-    torch.manual_seed(0)
-    trainer.train()
-
-
-def first_batch(trainer):
-    """What one call of the overridden method returns, for rows as the data loader gives them."""
-    trainer.model.train()
-    torch.manual_seed(0)
-    rows = [{"prompt": text} for text in ("say a", "say bee") for _ in range(4)]
-    return trainer._generate_and_score_completions(rows)
-
-
-def gradient_of(trainer, batch):
-    trainer.model.zero_grad()
-    trainer.current_gradient_accumulation_steps = 1
-    trainer.compute_loss(trainer.model, dict(batch)).backward()
-    return torch.cat([p.grad.flatten() for p in trainer.model.parameters() if p.grad is not None])
-
-
-def weights(trainer):
-    return torch.cat([p.detach().flatten().clone() for p in trainer.model.parameters() if p.requires_grad])
-
-
-def logged(trainer, name):
-    return [line[name] for line in trainer.state.log_history if name in line]
 
 
 # The seam.
@@ -163,7 +74,8 @@ def test_trl_still_hands_over_a_batch_of_these_keys_and_shapes(tmp_path):
     rows, length = batch["completion_ids"].shape
     assert rows == 8 and batch["advantages"].shape == (8,)
     assert batch["completion_mask"].shape == (8, length) and batch["prompt_ids"].shape == batch["prompt_mask"].shape
-    assert trainer.eos_token_ids == [2] and trainer.temperature == 1.0 and trainer.num_generations == 4
+    assert trainer.eos_token_ids == [2] and trainer._tokenizer.pad_token_id == 0
+    assert trainer.temperature == 1.0 and trainer.num_generations == 4
     assert list(trainer._logs["advantages"])[-4:] == batch["advantages"][-4:].tolist()
     assert "reward" in trainer._metrics["train"] and len(trainer.reward_weights) == 1
 
@@ -273,6 +185,24 @@ def test_truncated_completions_keep_gamma_one_unless_asked(tmp_path):
     assert (batch["advantages"][cut] == batch["advantages"][cut][:, :1]).all()
 
 
+def ending_in(token):
+    def rollout(prompts, trainer):
+        said = scripted(prompts, trainer)
+        said["completion_ids"] = [[*ids[:-1], token] for ids in said["completion_ids"]]
+        return said
+
+    return rollout
+
+
+@pytest.mark.parametrize(("last", "cut"), [(2, False), (0, False), (50, True)])
+def test_what_counts_as_cut_is_what_trl_counts(last, cut, tmp_path):
+    # Generation that a stop string ended is filled up with padding, which TRL takes for an end, too.
+    trainer = make(tmp_path, TokenCredit(strategy="random"), rollout_func=ending_in(last))
+    first_batch(trainer)
+    assert trainer._metrics["train"]["completions/clipped_ratio"] == [float(cut)]
+    assert (trainer._metrics["train"]["credit/share"] == [0.0]) == cut
+
+
 def only_some_groups(completions, **_):
     """Rewards of two groups of four: in the second, all alike."""
     return [len(text) / 100 if at < 4 else 1.0 for at, text in enumerate(completions)]
@@ -337,6 +267,24 @@ def test_the_pass_reads_the_same_in_chunks_of_any_size(rows, tmp_path):
         torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
 
 
+def test_between_the_batches_that_measure_the_split_only_settled_heads_are_read(tmp_path, monkeypatch):
+    asked = []
+
+    def noting(*arguments, **options):
+        asked.append(options.get("heads"))
+        return read_rhythm(*arguments, **options)
+
+    trainer = make(tmp_path, TokenCredit(horizon=(2, 8), credit_truncated=True, head_refresh=3))
+    monkeypatch.setattr(trainer_module, "read_rhythm", noting)
+    splits = []
+    for _ in range(4):
+        first_batch(trainer)
+        splits.append(trainer.head_split.state_dict()["_heads"])
+    chunks = len(asked) // 4  # of four rows
+    assert asked[::chunks] == [None, splits[0], splits[0], None]
+    assert sum(len(local) for local, _ in splits[0].values()) == 2  # of 8 heads, 30 %
+
+
 def test_evaluation_keeps_trls_advantages(tmp_path):
     trainer = make(tmp_path)
     trainer.model.eval()
@@ -354,6 +302,33 @@ def test_a_run_logs_what_was_credited(strategy, tmp_path):
     assert cosines and all(0.5 < c <= 1 + 1e-9 for c in cosines)
     assert bool(logged(trainer, "credit/head_turnover")) == bool(logged(trainer, "credit/fai_share"))
     assert bool(logged(trainer, "credit/fai_share")) == (strategy == "coupled")
+
+
+def test_log_probabilities_and_entropies_are_those_of_each_token_at_the_sampling_temperature(tmp_path):
+    trainer = make(tmp_path, TokenCredit(strategy="entropy"), rollout_func=scripted, temperature=0.7)
+    batch = first_batch(trainer)
+    row = {name: values[:2] for name, values in batch.items() if name != "num_items_in_batch"}
+    log_probs, entropy = trainer._log_probs_and_entropy(row)
+    assert log_probs.requires_grad and not entropy.requires_grad and trainer.model.training
+    for at in range(2):
+        prompt = row["prompt_ids"][at][row["prompt_mask"][at] == 1]
+        said = row["completion_ids"][at][row["completion_mask"][at] == 1]
+        every = (trainer.model(torch.cat([prompt, said])[None]).logits[0] / 0.7).log_softmax(-1)
+        before = every[len(prompt) - 1 : -1]  # what is said of a token stands a place before it
+        expected = before.gather(1, said[:, None])[:, 0], -(before.exp() * before).sum(1)
+        for got, wanted in zip((log_probs, entropy), expected, strict=True):
+            torch.testing.assert_close(got[at, : len(said)], wanted, rtol=0, atol=1e-4)
+
+
+def test_the_strategy_entropy_takes_the_tokens_of_which_the_policy_was_least_sure(tmp_path):
+    trainer = make(tmp_path, TokenCredit(strategy="entropy"), rollout_func=scripted)
+    batch = first_batch(trainer)
+    at = int(batch["advantages"].abs().amax(1).argmax())
+    row = {name: values[at : at + 1] for name, values in batch.items() if name != "num_items_in_batch"}
+    own, size = (row["completion_mask"] * row["tool_mask"])[0] == 1, row["advantages"][0].abs()
+    entropy = trainer._log_probs_and_entropy(row)[1][0]
+    chosen = own & (size > size.min() * 1.2)
+    assert chosen.any() and entropy[chosen].min() >= entropy[own & ~chosen].max()
 
 
 def test_the_cosine_is_one_for_uniform_credit_and_leaves_training_alone(tmp_path):
@@ -394,18 +369,6 @@ def test_adapters_on_a_four_bit_base_train_with_credit(adapter, tiny_folder, tmp
     assert logged(trainer, "credit/share")[0] > 0
 
 
-def scripted(prompts, trainer):
-    """Completions that depend on the prompt and on nothing else, of uneven lengths, with a tool's output in each."""
-    rollout = {"prompt_ids": [], "completion_ids": [], "logprobs": None, "env_mask": []}
-    for number, prompt in enumerate(prompts):
-        draw = random.Random(f"{prompt} {number % 4}")
-        length = draw.randint(13, 24)
-        rollout["prompt_ids"].append(trainer.processing_class(prompt)["input_ids"])
-        rollout["completion_ids"].append([*(draw.randint(4, 100) for _ in range(length - 1)), 2])
-        rollout["env_mask"].append([0 if 5 <= t < 9 else 1 for t in range(length)])
-    return rollout
-
-
 def test_tool_output_is_never_credited(tmp_path):
     credit = TokenCredit("preplan", window=4)
     averse = first_batch(make(tmp_path, TokenCredit(strategy="off"), rollout_func=scripted))
@@ -420,6 +383,7 @@ def run_of_this_process(folder, per_device):
     """One run on the scripted completions, from the command line too: see the next test."""
     credit = TokenCredit(horizon=(2, 8), window=4, head_refresh=2)
     options = {"per_device_train_batch_size": per_device, "max_steps": 3, "rollout_func": scripted, "risk": Risk()}
+    options |= {"num_generations": 8}  # one group, which two processes share
     trainer = make(folder, credit, peft_config=ADAPTERS["lora"], ddp_find_unused_parameters=False, **options)
     trainer.train()
     lines = [
@@ -455,6 +419,20 @@ def test_risk_replaces_the_advantages_and_the_table_shows_it(tmp_path):
     assert trainer._metrics["train"]["risk/zero_groups"] == [0.0]
 
 
+def test_a_graded_reward_may_once_give_zeros_and_ones_alone_and_the_run_goes_on(tmp_path):
+    def of_the_next(rewards):
+        return lambda completions, **_: next(rewards)
+
+    options = {"risk": Risk(weight=1.0, alpha=0.5), "per_device_train_batch_size": 8}
+    graded, binary = [0.0, 0.5, 1.0, 1.0] * 2, [0.0, 0.0, 1.0, 1.0] * 2
+    trainer = make(tmp_path, TokenCredit(strategy="off"), reward=of_the_next(iter([graded, binary])), **options)
+    assert first_batch(trainer)["advantages"][0] < 0
+    assert (first_batch(trainer)["advantages"] == 0).all()
+    trainer = make(tmp_path, TokenCredit(strategy="off"), reward=of_the_next(iter([binary])), **options)
+    with pytest.raises(RlError, match="hard prompts would starve"):
+        first_batch(trainer)
+
+
 def test_risk_at_the_mean_trains_as_trl_does_without_scaling(tmp_path):
     ours = make(tmp_path, TokenCredit(strategy="off"), risk=Risk(alpha=1.0))
     theirs = make(tmp_path, kind=GRPOTrainer, scale_rewards="none")
@@ -475,11 +453,12 @@ def test_risk_and_credit_compose(tmp_path):
 def test_a_run_that_is_continued_ends_like_an_unbroken_one(tmp_path):
     credit = TokenCredit(horizon=(2, 8), credit_truncated=True, head_refresh=2)
     options = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "lr_scheduler_type": "constant"}
+    options |= {"risk": Risk(weight=0.9)}
     whole = make(tmp_path / "whole", credit, peft_config=ADAPTERS["lora"], **options)
     whole.train()
     continued = make(tmp_path / "new", credit, peft_config=ADAPTERS["lora"], **options)
     continued.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
-    assert continued._batches == whole._batches == 4
+    assert continued._batches == whole._batches == 4 and continued._graded
     assert continued.head_split.state_dict()["_heads"] == whole.head_split.state_dict()["_heads"]
     torch.testing.assert_close(weights(continued), weights(whole))
 
