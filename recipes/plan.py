@@ -1,7 +1,7 @@
 """What a recipe will do, before it does it: steps, tokens, memory and time of each stage."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
 from math import ceil
@@ -69,14 +69,26 @@ class Plan:
     stages: list[StagePlan]
     probed: bool
 
-    def as_json(self) -> str:
-        found = {
+    def as_dict(self) -> dict[str, Any]:
+        return {
             "recipe": yaml.safe_load(recipe_text(self.recipe)),
             "device": _device(),
             "probed": self.probed,
             "stages": [stage.as_dict() for stage in self.stages],
         }
-        return json.dumps(found, indent=2) + "\n"
+
+    def as_json(self) -> str:
+        return _json(self.as_dict())
+
+
+@dataclass(frozen=True)
+class SweepPlan:
+    recipe: Recipe
+    points: dict[str, Plan]
+    """By the names of `krontune.recipes.sweep.points`."""
+
+    def as_json(self) -> str:
+        return _json({"name": self.recipe.name, "points": {name: one.as_dict() for name, one in self.points.items()}})
 
 
 def plan(recipe: Recipe, probe: bool | None = None) -> Plan:
@@ -91,15 +103,30 @@ def plan(recipe: Recipe, probe: bool | None = None) -> Plan:
     return _Planner(recipe, at_hand(recipe) if probe is None else probe).plan()
 
 
+def plan_sweep(recipe: Recipe, points: dict[str, Recipe], probe: bool | None = None) -> SweepPlan:
+    """Plan the points of a sweep, each by itself; probe: as of `plan`.
+
+    Raises:
+        BaseModelError: as of `plan`.
+    """
+    plans, last = {}, None
+    for name, one in points.items():
+        last = _Planner(one, at_hand(one) if probe is None else probe, last)
+        plans[name] = last.plan()
+    return SweepPlan(recipe, plans)
+
+
 class _Planner:
-    def __init__(self, recipe: Recipe, probe: bool) -> None:
+    def __init__(self, recipe: Recipe, probe: bool, before: "_Planner | None" = None) -> None:
+        """before: that of another recipe, whose loaded model serves again where it is the same."""
         self.recipe, self.probe = recipe, probe
         self.triton = torch.cuda.is_available()
         self.tokenizer = load_tokenizer(recipe.base)
         self.adapter = next(
             (stage.adapter for stage in recipe.stages if isinstance(stage, Sft | Rl) and stage.adapter), Adapter()
         )
-        self.prober = Prober(recipe, self.adapter)
+        same = before is not None and (before.recipe.base, before.adapter) == (recipe.base, self.adapter)
+        self.prober = before.prober if before is not None and same else Prober(recipe, self.adapter)
         self.picked: int | None = None
         try:
             self.model: Any = meta_model(recipe.base)
@@ -233,37 +260,66 @@ def _device() -> str:
     return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
 
 
+def _json(found: dict[str, Any]) -> str:
+    return json.dumps(found, indent=2) + "\n"
+
+
+COLUMNS = ("stage", "runs", "rows", "steps", "trained", "generated", "memory", "time")
+NOT_PROBED = "time was not probed; --probe loads the model and tries a few tokens"
+
+
 def print_plan(found: Plan) -> None:
     """Two tables: what each stage does, and what its memory is made of."""
     console = Console()
-    work = Table(
-        title=f"{found.recipe.name}, on {_device()}; trained and generated are tokens of one run", title_justify="left"
-    )
-    for column in ("stage", "runs", "rows", "steps", "trained", "generated", "memory", "time"):
-        work.add_column(column, justify="left" if column == "stage" else "right")
+    work = _table(f"{found.recipe.name}, on {_device()}; trained and generated are tokens of one run", COLUMNS, 1)
     for stage in found.stages:
-        most = "" if stage.tokens_are == "counted" else "<= " if stage.tokens_are == "bound" else "~ "
-        work.add_row(
-            stage.stage,
-            str(stage.runs),
-            _number(stage.rows),
-            _number(stage.steps),
-            _number(stage.tokens, most),
-            _number(stage.generated, "<= "),
-            readable(stage.memory.peak) if stage.memory else "?" if stage.stage != "select" else "",
-            _time(stage.seconds),
-        )
+        work.add_row(*_line(stage))
     console.print(work)
     sizes = [(stage.stage, stage.memory.parts()) for stage in found.stages if stage.memory]
     if sizes:
-        memory = Table(title="memory at the peak; training and rollouts take turns", title_justify="left")
-        for column in ("part", *(stage for stage, _ in sizes)):
-            memory.add_column(column, justify="left" if column == "part" else "right")
+        head = ("part", *(stage for stage, _ in sizes))
+        memory = _table("memory at the peak; training and rollouts take turns", head, 1)
         for name in sizes[0][1]:
             memory.add_row(name, *(readable(parts[name]) if parts[name] else "" for _, parts in sizes))
         console.print(memory)
     if not found.probed:
-        console.print("time was not probed; --probe loads the model and tries a few tokens")
+        console.print(NOT_PROBED)
+
+
+def print_sweep_plan(found: SweepPlan) -> None:
+    """One table with a block of lines for each point."""
+    console = Console()
+    title = f"{found.recipe.name}, {len(found.points)} runs on {_device()}; trained and generated are tokens of one run"
+    work = _table(title, ("point", *COLUMNS), 2)
+    for name, one in found.points.items():
+        for number, stage in enumerate(one.stages):
+            work.add_row("" if number else name, *_line(stage), end_section=number + 1 == len(one.stages))
+    console.print(work)
+    console.print("a stage that points have in common, made from the same, is run once; --json has the memory in parts")
+    if not all(one.probed for one in found.points.values()):
+        console.print(NOT_PROBED)
+
+
+def _table(title: str, columns: Sequence[str], names: int) -> Table:
+    """names: how many of the first columns hold words."""
+    table = Table(title=title, title_justify="left")
+    for number, column in enumerate(columns):
+        table.add_column(column, justify="left" if number < names else "right", overflow="fold")
+    return table
+
+
+def _line(stage: StagePlan) -> list[str]:
+    most = "" if stage.tokens_are == "counted" else "<= " if stage.tokens_are == "bound" else "~ "
+    return [
+        stage.stage,
+        str(stage.runs),
+        _number(stage.rows),
+        _number(stage.steps),
+        _number(stage.tokens, most),
+        _number(stage.generated, "<= "),
+        readable(stage.memory.peak) if stage.memory else "?" if stage.stage != "select" else "",
+        _time(stage.seconds),
+    ]
 
 
 def _number(value: int | None, most: str = "") -> str:

@@ -102,16 +102,20 @@ def plan(
     def body() -> None:
         from krontune.recipes import RecipeError, load
         from krontune.recipes import check as find_faults
+        from krontune.recipes.plan import SweepPlan, plan_sweep, print_plan, print_sweep_plan
         from krontune.recipes.plan import plan as make_plan
-        from krontune.recipes.plan import print_plan
+        from krontune.recipes.sweep import points
 
         loaded = load(recipe, overrides or ())
-        faults = find_faults(loaded)
+        todo = points(loaded) if loaded.sweep else {"": loaded}
+        faults = [fault for one in todo.values() for fault in find_faults(one)]
         if faults:
             raise RecipeError(faults)
-        found = make_plan(loaded, probe)
+        found = plan_sweep(loaded, todo, probe) if loaded.sweep else make_plan(loaded, probe)
         if as_json:
             typer.echo(found.as_json(), nl=False)
+        elif isinstance(found, SweepPlan):
+            print_sweep_plan(found)
         else:
             print_plan(found)
 

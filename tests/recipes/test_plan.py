@@ -9,11 +9,12 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
 from krontune.cli import app
-from krontune.recipes import needs
+from krontune.recipes import needs, probe
 from krontune.recipes.loader import load
-from krontune.recipes.plan import plan
+from krontune.recipes.plan import plan, plan_sweep
 from krontune.recipes.probe import at_hand
 from krontune.recipes.rows import tokenize
+from krontune.recipes.sweep import points
 
 from .conftest import write_rows
 
@@ -114,6 +115,47 @@ def test_the_plan_is_printed_as_tables_or_as_json(small):
     memory = found["stages"][1]["memory"]
     fixed = sum(memory[part] for part in ("weights", "adapter", "gradients", "optimizer"))
     assert memory["peak"] == fixed + max(memory["activations"] + memory["logits"], memory["rollouts"])
+
+
+def test_a_sweep_is_planned_point_by_point_in_one_table_or_as_json(small):
+    small.write_text(small.read_text() + "sweep: {stages.sft.trainer.max_steps: [2, 5], stages.sft.adapter.r: [2]}\n")
+    told = CliRunner().invoke(app, ["plan", str(small), "--no-probe"], env={"COLUMNS": "140"})
+    assert told.exit_code == 0, told.output
+    lines = [line for line in told.stdout.splitlines() if "max_steps=" in line]
+    assert len(lines) == 2 and "max_steps=2,r=2" in lines[0] and "max_steps=5,r=2" in lines[1]
+    assert told.stdout.count(" verify ") == 2 and "2 runs on " in told.stdout and "not probed" in told.stdout
+    told = CliRunner().invoke(app, ["plan", str(small), "--json", "--no-probe"])
+    found = json.loads(told.stdout)["points"]
+    assert {name: point["stages"][1]["steps"] for name, point in found.items()} == {
+        "max_steps=2,r=2": 2,
+        "max_steps=5,r=2": 5,
+    }
+    assert all(
+        point["recipe"]["stages"][1]["adapter"]["r"] == 2 and "sweep" not in point["recipe"] for point in found.values()
+    )
+    assert found["max_steps=2,r=2"] == json.loads(
+        plan(load(small, ["sweep={}", "stages.sft.adapter.r=2"]), probe=False).as_json()
+    )
+
+
+def test_a_fault_of_one_point_is_told_before_any_is_planned(small):
+    small.write_text(small.read_text() + "sweep: {stages.select.k: [4, 100]}\n")
+    refused = CliRunner().invoke(app, ["plan", str(small), "--no-probe"])
+    assert refused.exit_code == 2 and "k is 100 and the pool has 9 rows" in refused.stderr and not refused.stdout
+
+
+def test_points_with_one_model_and_adapter_load_it_once(tiny, monkeypatch):
+    loads = []
+    real = probe.new_adapter
+    monkeypatch.setattr(probe, "new_adapter", lambda *args: loads.append(args) or real(*args))
+    monkeypatch.setattr(probe, "_seconds", lambda step, warm=False: 1.0)
+    r, steps = "stages.sft.adapter.r: [2, 3]", "stages.sft.trainer.max_steps: [2, 400]"
+    for order, expected in ((f"{r}, {steps}", 2), (f"{steps}, {r}", 4)):
+        loads.clear()
+        recipe = load(tiny, [f"sweep={{{order}}}"])
+        found = plan_sweep(recipe, points(recipe), probe=True).points
+        assert len(found) == 4 and all(one.stages[1].seconds for one in found.values())
+        assert len(loads) == expected
 
 
 def test_a_recipe_with_faults_is_not_planned(small):
