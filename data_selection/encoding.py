@@ -3,6 +3,8 @@
 The answer is what fine-tuning would train on: the completion of a prompt, the turns of the assistant, or all of a text.
 """
 
+import io
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,6 +16,8 @@ from .texts import DataSelectionError
 IGNORED = -100
 # What processors return beside token numbers; a row may bring them ready-made.
 IMAGE_INPUTS = ("pixel_values", "pixel_attention_mask", "image_grid_thw", "image_sizes", "mm_token_type_ids")
+# Dimensions of those that hold, for each row, any number of images or of tiles of one: (1, n, C, H, W), (1, n, H, W).
+TILED = {"pixel_values": 5, "pixel_attention_mask": 4}
 # The numbers of tokens that stand for an image or its borders, in the config of a model.
 IMAGE_TOKENS = ("image_token_id", "vision_start_token_id", "vision_end_token_id")
 
@@ -49,8 +53,9 @@ def encode(tokenizer: Any, row: Any, where: str, max_length: int | None = None) 
       completion is the answer. It starts where the tokens of the prompt alone and of both together part ways.
     - `messages`: the turns of the assistant are the answer: what each turn adds to the turns before it.
     - `input_ids`, with `labels`, or with `completion_mask` or `assistant_masks`; without them all is answer.
-    - `images` (or `image`) beside any of the first three, where `tokenizer` is a processor; or, beside `input_ids`,
-      what the model takes (`pixel_values`, ...).
+    - `images` (or `image`) beside any of the first three, where `tokenizer` is a processor: PIL images, paths, or
+      mappings with `bytes` or a `path`, as parquet files hold them; or, beside `input_ids`, what the model takes
+      (`pixel_values`, ...). Where no message says where the images stand, that is before the first turn of the user.
 
     Args:
         tokenizer: a tokenizer, or for rows with images a processor.
@@ -59,8 +64,8 @@ def encode(tokenizer: Any, row: Any, where: str, max_length: int | None = None) 
         max_length: tokens to keep, from the start.
 
     Raises:
-        DataSelectionError: the row is of no such form, the chat template is missing or rewrites earlier turns, or a row
-            with images is longer than `max_length`.
+        DataSelectionError: the row is of no such form, the chat template is missing or rewrites earlier turns, an image
+            cannot be read or has no place in the text, or a row with images is longer than `max_length`.
     """
     if isinstance(row, str):
         row = {"text": row}
@@ -120,6 +125,9 @@ def collate(rows: Sequence[Encoded], pad: int) -> tuple[dict[str, torch.Tensor],
     }
     for name in dict.fromkeys(name for row in rows for name in row.images):
         parts = [row.images[name] for row in rows if name in row.images]
+        if parts[0].ndim == TILED.get(name):
+            most = max(part.shape[1] for part in parts)
+            parts = [_with_tiles(part, most) for part in parts]
         if name == "mm_token_type_ids":
             types = [row.images.get(name, torch.zeros(1, len(row), dtype=torch.int64))[0] for row in rows]
             inputs[name] = torch.stack([_padded(part, length, 0) for part in types])
@@ -129,6 +137,12 @@ def collate(rows: Sequence[Encoded], pad: int) -> tuple[dict[str, torch.Tensor],
         else:
             inputs[name] = torch.cat(parts)
     return inputs, torch.stack([_padded(row.labels, length, IGNORED) for row in rows])
+
+
+def _with_tiles(values: torch.Tensor, count: int) -> torch.Tensor:
+    """(b, n, ...) with tiles of zeros up to `count`, as processors fill them up, and the models leave them out."""
+    missing = values.new_zeros(len(values), count - values.shape[1], *values.shape[2:])
+    return torch.cat([values, missing], 1)
 
 
 def _padded(values: torch.Tensor, length: int, filler: int) -> torch.Tensor:
@@ -154,12 +168,12 @@ def _ready_made(row: Mapping[str, Any], where: str) -> Encoded:
 
 
 def _from_text(tokenizer: Any, row: Mapping[str, Any], where: str) -> Encoded:
-    images = row.get("images") if row.get("images") is not None else row.get("image")
-    if images is not None and not isinstance(images, (list, tuple)):
-        images = [images]
+    images = images_of(row)
     words = getattr(tokenizer, "tokenizer", tokenizer)  # a processor holds its tokenizer
     if images and words is tokenizer:
         raise DataSelectionError(f"{where} has images; give score_samples the model's processor as tokenizer")
+    if words is not tokenizer:
+        row = _in_parts(row, len(images))
     whole, spans, special = _whole_and_spans(tokenizer, words, row, where)
     tokens = words(whole, add_special_tokens=special)["input_ids"]
     labels = [IGNORED] * len(tokens)
@@ -173,11 +187,62 @@ def _from_text(tokenizer: Any, row: Mapping[str, Any], where: str) -> Encoded:
     return _with_images(tokenizer, whole, images, special, tokens, labels, where)
 
 
+def images_of(row: Mapping[str, Any]) -> list[Any]:
+    """What stands under `images` or `image`, as a list."""
+    images = row.get("images") if row.get("images") is not None else row.get("image")
+    return list(images) if isinstance(images, (list, tuple)) else [] if images is None else [images]
+
+
+def open_image(image: Any, where: str) -> Any:
+    """A PIL image of a path or of a mapping with `bytes` or a `path`; anything else as it is.
+
+    Raises:
+        DataSelectionError: there is no such file, or it is no image.
+    """
+    held = image
+    if isinstance(image, Mapping):
+        held = io.BytesIO(image["bytes"]) if image.get("bytes") else image.get("path")
+    if not isinstance(held, (str, os.PathLike, io.BytesIO)):
+        return image
+    from PIL import Image
+
+    try:
+        with Image.open(held) as opened:
+            return opened.convert("RGB")
+    except (OSError, ValueError) as error:
+        name = "the bytes" if isinstance(held, io.BytesIO) else repr(str(held))
+        raise DataSelectionError(f"{where}: {name} cannot be read as an image: {error}") from error
+
+
+def _in_parts(row: Mapping[str, Any], images: int) -> Mapping[str, Any]:
+    """The row with its messages' contents as lists of parts, as the templates of processors read them, and among them
+    one for each image."""
+    columns = [name for name in ("prompt", "completion", "messages") if isinstance(row.get(name), (list, tuple))]
+    if not all(isinstance(message, Mapping) for name in columns for message in row[name]):
+        return row  # which is said where it is rendered
+    turns = {name: [_parts_of(message) for message in row[name]] for name in columns}
+    every = [message for name in columns for message in turns[name]]
+    placed = any(part.get("type") == "image" for message in every for part in message["content"])
+    asker = next((message for message in every if message.get("role") == "user"), None)
+    if images and not placed and asker is not None:
+        asker["content"] = [{"type": "image"}] * images + asker["content"]
+    return {**row, **turns}
+
+
+def _parts_of(message: Mapping[str, Any]) -> dict[str, Any]:
+    content = message.get("content") or []
+    return {**message, "content": [{"type": "text", "text": content}] if isinstance(content, str) else list(content)}
+
+
 def _with_images(
     processor: Any, whole: str, images: Sequence[Any], special: bool, tokens: list[int], labels: list[int], where: str
 ) -> Encoded:
     """Images grow to many tokens in front of the answer, so the answer is counted from the end."""
-    batch = processor(text=[whole], images=list(images), add_special_tokens=special, return_tensors="pt")
+    opened = [open_image(image, where) for image in images]
+    try:
+        batch = processor(text=[whole], images=opened, add_special_tokens=special, return_tensors="pt")
+    except ValueError as error:  # more images than places for them in the text, or fewer
+        raise DataSelectionError(f"{where}: {' '.join(str(error).split())}") from error
     ids = batch["input_ids"][0]
     first = next((i for i, label in enumerate(labels) if label != IGNORED), len(labels))
     tail = len(tokens) - first

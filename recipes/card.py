@@ -25,12 +25,13 @@ def model_card(run: RunFiles, adapter: Path, repo: str | None = None) -> str:
     """
     config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
     base = hub_base(run.recipe, config)
+    sees = (adapter / "processor_config.json").is_file()
     parts = [
-        f"---\n{yaml_text(metadata(run.recipe, config['peft_type'], base))}---",
+        f"---\n{yaml_text(metadata(run.recipe, config['peft_type'], base, sees))}---",
         f"# {run.record['name']}",
         *([run.recipe["description"]] if run.recipe.get("description") else []),
         _what(run, config, base),
-        _how(run, base, repo or (run.recipe.get("hub") or {}).get("repo")),
+        _how(run, base, repo or (run.recipe.get("hub") or {}).get("repo"), sees),
         *([_how_mixed()] if run.recipe["base"].get("precision") else []),
         *_results(run),
         *_checks(run),
@@ -40,10 +41,10 @@ def model_card(run: RunFiles, adapter: Path, repo: str | None = None) -> str:
     return "\n\n".join(part.strip() for part in parts) + "\n"
 
 
-def metadata(recipe: dict[str, Any], peft_type: str, base: str | None) -> dict[str, Any]:
+def metadata(recipe: dict[str, Any], peft_type: str, base: str | None, sees: bool = False) -> dict[str, Any]:
     """What the Hub reads of the card.
 
-    recipe: as a dict. base: its Hub id; None where it has none.
+    recipe: as a dict. base: its Hub id; None where it has none. sees: whether it reads pictures.
     """
     from huggingface_hub import ModelCardData
 
@@ -55,7 +56,11 @@ def metadata(recipe: dict[str, Any], peft_type: str, base: str | None) -> dict[s
     kinds = [stage["stage"] for stage in recipe["stages"]]
     tags += [name for kind, name in (("sft", "sft"), ("rl", "grpo"), ("verify", "rlvr")) if kind in kinds]
     known = {"base_model": base, "base_model_relation": "adapter", **licence(base)} if base else {}
-    data = {"pipeline_tag": "text-generation", "tags": tags, "datasets": list(_datasets(recipe)) or None}
+    data = {
+        "pipeline_tag": "image-text-to-text" if sees else "text-generation",
+        "tags": tags,
+        "datasets": list(_datasets(recipe)) or None,
+    }
     front = ModelCardData(library_name="peft", **known, **data).to_dict()  # pyright: ignore[reportArgumentType]
     return {key: front[key] for key in ("library_name", *known, *data) if front.get(key) is not None}
 
@@ -119,10 +124,24 @@ def _what(run: RunFiles, config: dict[str, Any], base: str | None) -> str:
     )
 
 
-def _how(run: RunFiles, base: str | None, repo: str | None) -> str:
+def _how(run: RunFiles, base: str | None, repo: str | None, sees: bool) -> str:
     adapter = (
         f'adapter = "{repo}"' if repo else 'adapter = "..."  # the id of this repository, or the folder of this file'
     )
+    if sees:
+        return f"""\
+## How to load
+
+```python
+import krontune.adapters  # teaches PEFT this kind of adapter: pip install krontune
+from peft import PeftModel
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+{adapter}
+model = AutoModelForImageTextToText.from_pretrained("{base or "..."}")
+model = PeftModel.from_pretrained(model, adapter)
+processor = AutoProcessor.from_pretrained(adapter)
+```"""
     text = f"""\
 ## How to load
 

@@ -10,6 +10,7 @@ from ..adapters.embedded import HUB_ID, NAME
 from .card import metadata
 from .data_faults import Found, tried
 from .needs import HUB_TIMEOUT_S
+from .pictures import reads_pictures
 from .run_folder import yaml_text
 from .schema import Hub, Recipe
 
@@ -191,7 +192,7 @@ def _card_faults(recipe: Recipe) -> Iterator[str]:
     """What the Hub has against the metadata of the card, by its own check of them."""
     from huggingface_hub import ModelCard
 
-    front = metadata(recipe.model_dump(), "MOKA", _base(recipe))
+    front = metadata(recipe.model_dump(), "MOKA", _base(recipe), reads_pictures(recipe.base))
     try:
         ModelCard(f"---\n{yaml_text(front)}---\n").validate()
     except ValueError as error:

@@ -26,6 +26,7 @@ from .memory import (
     rollout_bytes,
     sft_memory,
 )
+from .pictures import reads_pictures
 from .probe import Probe, Prober, at_hand
 from .rendered import load_tokenizer, longest_prompt
 from .rl import make_task, training_rows
@@ -128,8 +129,8 @@ class _Planner:
         same = before is not None and (before.recipe.base, before.adapter) == (recipe.base, self.adapter)
         self.prober = before.prober if before is not None and same else Prober(recipe, self.adapter)
         self.picked: int | None = None
-        try:
-            self.model: Any = meta_model(recipe.base)
+        try:  # the memory of models that read pictures is not estimated
+            self.model: Any = None if reads_pictures(recipe.base) else meta_model(recipe.base)
         except ConfigError:
             self.model = None
         self.targets: Targets | None = None if self.model is None else targets_of(recipe.base, self.adapter)

@@ -20,12 +20,13 @@ from .faults import Fault
 from .hub_check import hub_faults
 from .needs import HUB_TIMEOUT_S, out_of_reach
 from .own import is_own, not_allowed
+from .pictures import reads_pictures
 from .rendered import first_rows, load_tokenizer, longest_prompt, sft_row
 from .reward_trial import NOT_JUDGED, ROWS, faults_of_reward, right_forms, rows_to_try, wrong_texts
 from .rewards import make_reward
 from .rl import make_credit, make_risk, make_task, training_rows
 from .rows import Row
-from .schema import Adapter, AdaptInfSelect, Recipe, Rl, Sft
+from .schema import Adapter, AdaptInfSelect, Recipe, Rl, Sft, Verify
 from .targets import ConfigError, context_of, linear_names, meta_model, targets_of, unmatched
 from .trainer_args import given, value_of
 from .training import moka_config, trainer_arguments
@@ -49,7 +50,7 @@ def check(recipe: Recipe) -> list[Fault]:
     refused = [Fault(recipe.where(path), message) for path, message in not_allowed(recipe)]
     if refused:  # a copy of a recipe is not validated; nothing of it is imported here either
         return refused
-    faults = [*_model_faults(recipe), *_attention_faults(recipe)]
+    faults = [*_model_faults(recipe), *_attention_faults(recipe), *_picture_faults(recipe)]
     for number, stage in enumerate(recipe.stages):
         finders: dict[str, Any] = {
             "select": adapt_inf_faults if isinstance(stage, AdaptInfSelect) else select_faults,
@@ -104,6 +105,23 @@ def _attention_faults(recipe: Recipe) -> Iterator[Fault]:
     if chosen is not None and chosen.startswith("flash_attention") and not torch.accelerator.is_available():
         where = recipe.where(("base", "attn_implementation"))
         yield Fault(where, f"{chosen} needs a GPU, and there is none here; use sdpa or eager")
+
+
+def _picture_faults(recipe: Recipe) -> Iterator[Fault]:
+    """What is not there for a base that reads pictures."""
+    if not reads_pictures(recipe.base):
+        return
+    what = f"the base {recipe.base.model!r} reads pictures"
+    if recipe.base.precision is not None:
+        yield Fault(recipe.where(("base", "precision")), f"{what}, and bit plans are of language models alone")
+    for number, stage in enumerate(recipe.stages):
+        where = recipe.where(("stages", number, "stage"))
+        if isinstance(stage, Rl | Verify):
+            yield Fault(where, f"{what}, and the stage {stage.stage} asks and trains language models alone")
+        elif getattr(stage, "datasets", None) is not None:
+            yield Fault(where, f"{what}, and sequences of datasets are of text alone; give raw")
+        elif isinstance(stage, Sft) and (value_of(stage.trainer, "packing") or value_of(stage.trainer, "padding_free")):
+            yield Fault(where, f"{what}, and TRL packs no rows with pictures; leave packing and padding_free out")
 
 
 def _sft_faults(recipe: Recipe, stage: Any) -> Found:

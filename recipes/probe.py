@@ -12,6 +12,7 @@ import torch
 
 from ..adapters.base import resolve_model
 from ..adapters.dense import dense_weights
+from .pictures import reads_pictures
 from .schema import Recipe
 from .trainer_args import value_of
 from .training import new_adapter
@@ -33,10 +34,11 @@ class Probe:
 
 
 def at_hand(recipe: Recipe) -> bool:
-    """Whether the model's weights are on this machine. A base of mixed precision is not: a run makes its bit plan."""
-    return recipe.base.precision is None and any(
-        Path(resolve_model(recipe.base.model, recipe.base.revision)).glob("*.safetensors")
-    )
+    """Whether the model's weights are on this machine, to be probed. A base of mixed precision is not: a run makes its
+    bit plan. Nor is one that reads pictures: rows of text would not tell its time."""
+    if recipe.base.precision is not None or reads_pictures(recipe.base):
+        return False
+    return any(Path(resolve_model(recipe.base.model, recipe.base.revision)).glob("*.safetensors"))
 
 
 class Prober:

@@ -7,9 +7,9 @@ from itertools import groupby, islice
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer
+from transformers import AutoConfig, AutoProcessor, AutoTokenizer
 
-from ..adapters.base import resolve_model
+from ..adapters.base import resolve_model, takes_pictures
 from ..data_selection import DataSelectionError
 from . import needs
 from .rl import training_rows
@@ -44,7 +44,7 @@ class Rendered:
 
 
 def load_tokenizer(base: BaseModelSection) -> Any:
-    """The base's tokenizer; None where there is none, or none to be had."""
+    """The base's tokenizer, or processor where it reads pictures; None where there is none, or none to be had."""
     source = resolve_model(base.model, base.revision)
     source = str(Path(source).resolve()) if Path(source).is_dir() else source
     return _tokenizer(source, base.revision, base.trust_remote_code)
@@ -53,10 +53,10 @@ def load_tokenizer(base: BaseModelSection) -> Any:
 @lru_cache(maxsize=4)
 def _tokenizer(source: str, revision: str | None, trust_remote_code: bool) -> Any:
     reach = Path(source).is_dir() or needs.hub_answers()
+    options: Any = {"revision": revision, "trust_remote_code": trust_remote_code, "local_files_only": not reach}
     try:
-        return AutoTokenizer.from_pretrained(
-            source, revision=revision, trust_remote_code=trust_remote_code, local_files_only=not reach
-        )
+        pictures = takes_pictures(AutoConfig.from_pretrained(source, **options))
+        return (AutoProcessor if pictures else AutoTokenizer).from_pretrained(source, **options)
     except (OSError, ValueError, ImportError):  # what is wrong with the model is said when it is loaded
         return None
 
@@ -92,8 +92,9 @@ def sft_row(row: Row, stage: Sft, tokenizer: Any) -> Rendered:
     longest = value_of(stage.trainer, "max_length")
     ids, labels = (tokens[name][: longest or whole] for name in ("input_ids", "labels"))
     marked = [(token, label != -100) for token, label in zip(ids, labels, strict=True)]
+    words = getattr(tokenizer, "tokenizer", tokenizer)  # a processor holds it
     pieces = [
-        (tokenizer.decode([token for token, _ in part]), trained)
+        (words.decode([token for token, _ in part]), trained)
         for trained, part in groupby(marked, key=lambda pair: pair[1])
     ]
     cut = f" of {whole}, cut at max_length" if len(ids) < whole else ""

@@ -5,12 +5,15 @@ import hashlib
 import json
 from collections.abc import Iterable, Iterator
 from importlib.resources import files
+from pathlib import Path
 from string import Formatter
 from typing import Any
 
 from ..data_selection import DataSelectionError
+from ..data_selection.encoding import encode, images_of
 from ..data_selection.texts import read_rows, row_text
 from ..rl.tasks.worked import worked_examples
+from .pictures import check_pictures, is_processor, located
 from .schema import Columns, HubRows, HubTexts, Puzzles, Shipped, Source
 
 Row = dict[str, Any]
@@ -59,8 +62,9 @@ def source_rows(source: Source, name: str, stream: bool = False) -> Iterator[Row
 
 def _usable(rows: Iterable[tuple[Row, str]], path: str) -> Iterator[Row]:
     for row, where in rows:
+        row = sourced(row, path)
         check_row(row, where)
-        yield sourced(row, path)
+        yield row
 
 
 def hub_rows(source: HubRows, stream: bool = False) -> Iterator[tuple[Row, str]]:
@@ -87,8 +91,9 @@ def hub_rows(source: HubRows, stream: bool = False) -> Iterator[tuple[Row, str]]
 
 
 def sourced(row: Row, path: str) -> Row:
-    """The row with its `source`; where it names none, or null or "", that is the path of its file."""
-    row = {"source": path, **row}
+    """The row with its `source`; where it names none, or null or "", that is the path of its file. Pictures are found
+    from there."""
+    row = located({"source": path, **row}, Path(path).parent)
     return {**row, "source": path} if row["source"] in (None, "") else row
 
 
@@ -123,30 +128,38 @@ def check_row(row: Row, where: str) -> None:
     """Refuse, with its place, a row that `tokenize` could not use.
 
     Raises:
-        DataSelectionError: a text is no text, messages are none, or none of them is the assistant's.
+        DataSelectionError: a text is no text, messages are none, none of them is the assistant's, or a picture is no
+            file.
     """
     try:
         row_text(row, where).encode()
     except UnicodeEncodeError as error:
         raise DataSelectionError(f"{where}: half of a surrogate pair is no text: {error}; repair the row") from error
+    check_pictures(row, where)
     if isinstance(row.get("text"), str):
         return
+    parts = "images" in row or "image" in row
     if "messages" in row:
-        check_messages(row["messages"], where, "messages")
+        check_messages(row["messages"], where, "messages", parts)
         if not any(message["role"] == "assistant" for message in row["messages"]):
             raise DataSelectionError(f"{where}: no message is the assistant's, so there is nothing to learn from")
     elif isinstance(row.get("prompt"), list) and isinstance(row.get("completion"), list):
-        check_messages(row["prompt"], where, "prompt")
-        check_messages(row["completion"], where, "completion")
+        check_messages(row["prompt"], where, "prompt", parts)
+        check_messages(row["completion"], where, "completion", parts)
     elif not (isinstance(row.get("prompt"), str) and isinstance(row.get("completion"), str)):
         raise DataSelectionError(f"{where}: 'prompt' and 'completion' must be both strings or both lists of messages")
 
 
-def check_messages(messages: Any, where: str, column: str) -> None:
-    """Raises DataSelectionError where these are no chat messages."""
+def check_messages(messages: Any, where: str, column: str, parts: bool = False) -> None:
+    """Raises DataSelectionError where these are no chat messages.
+
+    parts: a content may be a list of parts, {type: image} or {type: text, text: ...}.
+    """
     good = isinstance(messages, list) and messages
     for message in messages if good else ():
-        good = good and isinstance(message.get("role"), str) and isinstance(message.get("content"), str)
+        content = message.get("content")
+        listed = parts and isinstance(content, list) and all(isinstance(p, dict) and "type" in p for p in content)
+        good = good and isinstance(message.get("role"), str) and (isinstance(content, str) or listed)
     if not good:
         raise DataSelectionError(
             f"{where}: {column!r} must be a list of messages with a text 'role' and a text 'content', "
@@ -170,9 +183,21 @@ def tokenize(row: Row, tokenizer: Any) -> dict[str, list[int]]:
       lists of chat messages, rendered with the model's chat template.
     - `messages`: what the assistant says, rendered with the chat template.
 
+    tokenizer: or the processor of a model that reads pictures, by which these become tokens, too; see
+        `krontune.data_selection.encoding.encode`.
+
     Raises:
-        DataSelectionError: the row is of none of these forms, or needs a chat template that the tokenizer lacks.
+        DataSelectionError: the row is of none of these forms, needs a chat template that the tokenizer lacks, or holds
+            pictures and the model reads none.
     """
+    if is_processor(tokenizer):
+        encoded = encode(tokenizer, row, "the row")
+        return {"input_ids": encoded.input_ids.tolist(), "labels": encoded.labels.tolist()}
+    if images_of(row):
+        raise DataSelectionError(
+            "the row holds pictures, and the base model is loaded as one that reads text alone; take a model that "
+            "reads pictures, or leave the column out"
+        )
     if isinstance(row.get("text"), str):
         ids = _ended(tokenizer(row["text"])["input_ids"], tokenizer)
         return {"input_ids": ids, "labels": list(ids)}

@@ -23,6 +23,7 @@ from ..data_selection.selection import write_atomic
 from ..data_selection.shards import NamedFiles
 from ..data_selection.shards import fingerprint as file_fingerprint
 from ..data_selection.texts import read_rows
+from .pictures import kept, located
 from .rows import Row, check_row, fingerprint, source_rows, sourced
 from .run_folder import RunError, RunFolder
 from .schema import Columns, Neural, Recipe, Select, Source
@@ -84,7 +85,7 @@ def selected_rows(run: RunFolder, control: str | None = None) -> list[Row]:
     """What the select stage picked, or its control: "random", or of adapt_inf "balanced"."""
     name = {None: SELECTED, "random": CONTROL, "balanced": BALANCED}[control]
     with (run.path / "select" / name).open(encoding="utf-8") as file:
-        return [json.loads(line) for line in file]
+        return [located(json.loads(line), run.path / "select") for line in file]
 
 
 # ---------------------------------------------------------------- the data as files
@@ -128,7 +129,7 @@ def as_files(sources: list[Source], made: Path) -> list[str]:
         if not path.exists():  # it is there whole or not at all
             with open_atomic(path) as file:
                 for row in source_rows(source, made.name):
-                    write_row(file, row)
+                    write_row(file, row, path.parent)
         paths.append(str(path))
     if all(isinstance(source, str) for source in sources):
         return paths
@@ -174,8 +175,9 @@ class _Published:
             yield {**row, "source": self.names[source]} if source in self.names else row
 
 
-def write_row(file: BinaryIO, row: Row) -> None:
-    file.write(json.dumps(row, default=str).encode() + b"\n")
+def write_row(file: BinaryIO, row: Row, folder: Path) -> None:
+    """A line of a file in this folder."""
+    file.write(json.dumps(kept(row, folder), default=str).encode() + b"\n")
 
 
 def read_if_there(path: Path) -> str | None:
@@ -215,7 +217,7 @@ def _kept_rows(pool: list[str], unique: Selection, path: Path) -> str:
         with open_atomic(path) as file:
             for row, keep in zip(rows_of_pool(pool), kept.tolist(), strict=True):
                 if keep:
-                    write_row(file, row)
+                    write_row(file, row, path.parent)
     return str(path)
 
 
@@ -304,7 +306,7 @@ def _write_picks(
                 if marks[name][rows - 1]:
                     check_row(row, f"row {rows} of the pool")
                     counts[part][str(row["source"])] += 1
-                    write_row(file, row)
+                    write_row(file, row, folder)
     if rows != picked.pool_size:
         raise RunError(
             f"the pool had {picked.pool_size} rows and has {rows}: a file changed while it was read; run again"

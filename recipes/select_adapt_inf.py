@@ -23,6 +23,7 @@ from trl import SFTConfig, SFTTrainer
 from ..data_selection import AdaptInf, Selection, score_samples
 from ..data_selection.files import open_atomic
 from ..data_selection.selection import top_k, uniform_noise, write_atomic
+from .pictures import as_paths, is_processor, picture_training
 from .progress import Report
 from .rows import Row, check_row, fingerprint, tokenize
 from .run_folder import RunError, RunFolder
@@ -58,7 +59,7 @@ def run_adapt_inf(recipe: Recipe, stage: AdaptInfSelect, run: RunFolder) -> None
         return
     pool = as_files(stage.raw or [], folder / POOL / "raw")
     run.add_data("raw", **content_of(pool))
-    rows = _checked_rows(pool)
+    rows = [as_paths(row, folder / POOL) for row in _checked_rows(pool)]
     model, tokenizer, scored_with = _scoring_model(recipe, stage, rows, folder, run)
     store = score_samples(model, tokenizer, rows, **scoring_settings(recipe, stage), out_dir=folder / STORE)
     method = adapt_inf(stage)
@@ -126,7 +127,7 @@ def _write_rows(path: Path, found: Selection, rows: Sequence[Row]) -> list[Row]:
     chosen = [rows[i] for i in found.indices.tolist()]
     with open_atomic(path) as file:
         for row in chosen:
-            write_row(file, row)
+            write_row(file, row, path.parent)
     return chosen
 
 
@@ -154,7 +155,11 @@ def warm_up(recipe: Recipe, stage: AdaptInfSelect, rows: Sequence[Row], out: Pat
     settings = stage.warm_up
     count = min(len(rows), settings.steps * settings.batch_size)
     chosen = top_k(uniform_noise(recipe.seed, len(rows), WARM_UP_STREAM), count).tolist()
-    dataset = Dataset.from_list([tokenize(rows[i], tokenizer) for i in chosen])
+    some, pictures = [rows[i] for i in chosen], is_processor(tokenizer)
+    if pictures:
+        data = picture_training(some, tokenizer)
+    else:
+        data = {"train_dataset": Dataset.from_list([tokenize(row, tokenizer) for row in some])}
     beside = out.with_name(f".{out.name}")
     shutil.rmtree(beside, ignore_errors=True)
     arguments = SFTConfig(
@@ -168,13 +173,14 @@ def warm_up(recipe: Recipe, stage: AdaptInfSelect, rows: Sequence[Row], out: Pat
         disable_tqdm=True,
         save_strategy="no",
         report_to="none",
+        remove_unused_columns=not pictures,
     )
     with exact_parameters(model):
         trainer: Any = SFTTrainer(
             model=model,
             args=arguments,
-            train_dataset=dataset,
             processing_class=tokenizer,
+            **data,
             callbacks=[Report("select", run, shown=("loss",))],
         )
     trainer.remove_callback(PrinterCallback)
@@ -217,7 +223,7 @@ def _prepare(recipe: Recipe, stage: AdaptInfSelect, skills: Sequence[Skill], fol
         for name, part in ((f"{skill.name}.jsonl", rows), (f"{skill.name}.test.jsonl", tests)):
             with open_atomic(folder / DATASETS / name) as file:
                 for row in part:
-                    write_row(file, row)
+                    write_row(file, row, folder / DATASETS)
         run.add_data(skill.name, rows=len(rows), sha256=fingerprint(rows))
         run.add_data(f"{skill.name} (test)", rows=len(tests), sha256=fingerprint(tests))
         facts[skill.name] = {"rows": len(rows), "test": len(tests)}

@@ -6,15 +6,17 @@ from typing import Any
 from datasets import Dataset
 from trl import SFTConfig, SFTTrainer
 
+from ..data_selection.encoding import images_of
 from ..rl.labelled_head import score_labelled_only
 from .checkpoints import Checkpoints
 from .lifelong import is_sequence, run_lifelong
+from .pictures import as_paths, fitting, is_processor, picture_training
 from .progress import Report
 from .rows import Row, fingerprint, read_sources, tokenize
 from .run_folder import RunError, RunFolder
 from .schema import Recipe, Sft
 from .select import selected_rows
-from .trainer_args import given
+from .trainer_args import given, value_of
 from .training import begin, exact_parameters, new_adapter, train, trainer_arguments
 
 
@@ -27,6 +29,8 @@ def run_sft(recipe: Recipe, stage: Sft, run: RunFolder, control: str | None = No
     checkpoints = Checkpoints(run.key(name), last, given(stage.trainer))
     rows = _rows(stage, run, control)
     model, tokenizer = new_adapter(recipe, stage.adapter, run.path)
+    if is_processor(tokenizer):
+        return _run_on_pictures(recipe, stage, run, name, rows, model, tokenizer, checkpoints)
     dataset = Dataset.from_list([tokenize(row, tokenizer) for row in rows])
     with exact_parameters(model):
         trainer: Any = SFTTrainer(
@@ -42,6 +46,34 @@ def run_sft(recipe: Recipe, stage: Sft, run: RunFolder, control: str | None = No
     truncated = sum(len(ids) > longest for ids in dataset["input_ids"])
     run.add_data(name, rows=len(rows), sha256=fingerprint(rows), truncated=truncated, kept=len(trainer.train_dataset))
     train(trainer, run, name, folder, tokenizer, checkpoints)
+
+
+def _run_on_pictures(
+    recipe: Recipe,
+    stage: Sft,
+    run: RunFolder,
+    name: str,
+    rows: list[Row],
+    model: Any,
+    processor: Any,
+    checkpoints: Checkpoints,
+) -> None:
+    """The same for a model that reads pictures."""
+    folder = run.path / name
+    rows = [as_paths(row, folder) for row in rows]
+    fit = fitting(rows, processor, name, value_of(stage.trainer, "max_length"), run.processes.first)
+    arguments = {**trainer_arguments(recipe, stage.trainer, folder), "remove_unused_columns": False}
+    with exact_parameters(model):
+        trainer: Any = SFTTrainer(
+            model=model,
+            args=SFTConfig(**arguments),
+            processing_class=processor,
+            **picture_training(fit, processor),
+            callbacks=[checkpoints, Report(name, run, shown=("loss",))],
+        )
+    pictures = sum(len(images_of(row)) for row in fit)
+    run.add_data(name, rows=len(rows), sha256=fingerprint(rows), kept=len(fit), pictures=pictures)
+    train(trainer, run, name, folder, processor, checkpoints)
 
 
 def _say_what_is_cut(name: str, rows: int, trainer: Any, aloud: bool) -> None:

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from peft import get_peft_model
 from peft.tuners.tuners_utils import check_target_module_exists, inspect_matched_modules
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 from transformers.pytorch_utils import Conv1D
 
 from ..adapters import AdapterError, MokaConfig
-from ..adapters.base import resolve_model
+from ..adapters.base import resolve_model, takes_pictures
 from ..adapters.layer import MokaLayer
 from . import needs
 from .schema import Adapter, BaseModelSection
@@ -25,7 +25,7 @@ Size = tuple[int, int]
 
 
 class ConfigError(AdapterError):
-    """A model's configuration is none that a causal language model can be built from."""
+    """A model's configuration is none that a language model, or one that reads pictures, can be built from."""
 
 
 @dataclass(frozen=True)
@@ -86,11 +86,12 @@ def skeleton(config: Any, trust_remote_code: bool = False) -> Any:
     """The model of a configuration on the meta device: all its modules and no weights, in no time.
 
     Raises:
-        ConfigError: there is no causal language model of such a configuration.
+        ConfigError: there is no causal language model of such a configuration, nor one that reads pictures.
     """
     try:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, trust_remote_code=trust_remote_code)
+            kind: Any = AutoModelForImageTextToText if takes_pictures(config) else AutoModelForCausalLM
+            model = kind.from_config(config, dtype=torch.bfloat16, trust_remote_code=trust_remote_code)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         reason = " ".join(str(error).split())
         raise ConfigError(f"no causal language model can be built from its config.json: {reason[:300]}") from error
