@@ -13,13 +13,13 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from ..data_selection import Dsir, Selection
-from ..data_selection.encoding import images_of
 from ..data_selection.outputs import write_dataset
 from ..data_selection.selection import write_atomic
 from .card import CARD, hub_base, model_card
 from .compare import PAGE
 from .masking import each_text, hide, short_name, without_paths
 from .page import run_page
+from .pictures import holds_pictures, located
 from .run_folder import RunError, yaml_text
 from .run_report import REPORT_JSON, RunFiles, read_run
 from .select import ESTIMATOR, SELECTED
@@ -181,7 +181,7 @@ def _dataset_files(run: RunFiles, folder: Path) -> Files:
     if stage is None or not (place / "selection").is_dir() or not (place / SELECTED).is_file():
         raise RunError(f"{run.path} holds no selection: only a select stage has rows to push")
     with (place / SELECTED).open(encoding="utf-8") as lines:
-        if any(images_of(json.loads(line)) for line in lines):
+        if any(holds_pictures(located(json.loads(line), place)) for line in lines):
             raise RunError("the picked rows hold pictures, which are not pushed; leave the data set out")
     picked = Selection.load(place / "selection")
     paths = [source if isinstance(source, str) else source.get("path") for source in _listed(stage.get("raw"))]

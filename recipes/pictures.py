@@ -10,7 +10,7 @@ import io
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,6 @@ from datasets import Dataset
 from transformers import ProcessorMixin
 
 from ..adapters.base import takes_pictures
-from ..data_selection import DataSelectionError
 from ..data_selection.encoding import collate, encode, images_of, open_image
 from ..data_selection.selection import write_atomic
 from .run_folder import RunError
@@ -40,21 +39,24 @@ def reads_pictures(base: BaseModelSection) -> bool:
     return config is not None and takes_pictures(config)
 
 
-def check_pictures(row: Row, where: str) -> None:
-    """Refuse, with its place, a row whose picture is no file.
+def missing_pictures(row: Row) -> list[str]:
+    """Paths of the row under which there is no file."""
+    return [one for one in images_of(row) if isinstance(one, str) and not Path(one).is_file()]
 
-    Raises:
-        DataSelectionError: there is none under its path.
-    """
-    for picture in images_of(row):
-        path = picture.get("path") if isinstance(picture, dict) and not picture.get("bytes") else picture
-        if isinstance(path, str) and not Path(path).is_file():
-            raise DataSelectionError(f"{where}: no picture is at {path!r}; paths are relative to the file of the row")
+
+def holds_pictures(row: Row) -> bool:
+    """Whether `images` or `image` are pictures: texts that name no file here, and other values, are not."""
+    return any(isinstance(one, str) and Path(one).is_file() or _is_picture(one) for one in images_of(row))
 
 
 def located(row: Row, folder: Path) -> Row:
     """The row as it is read from a file in `folder`, with its pictures' paths relative to the working folder."""
-    return _with_pictures(row, lambda path: os.path.normpath(folder / path)) if images_of(row) else row
+
+    def place(picture: Any) -> Any:
+        path = os.path.normpath(folder / picture) if isinstance(picture, str) else ""
+        return path if Path(path).is_file() else picture
+
+    return _with_pictures(row, place)
 
 
 def kept(row: Row, folder: Path) -> Row:
@@ -64,11 +66,13 @@ def kept(row: Row, folder: Path) -> Row:
     Raises:
         DataSelectionError: a picture cannot be read.
     """
-    if not images_of(row):
-        return row
-    found = [_file_of(picture, folder) for picture in images_of(row)]
-    rest = {key: value for key, value in row.items() if key not in ("image", "images")}
-    return {**rest, "images": [os.path.relpath(path, folder) for path in found]}
+
+    def place(picture: Any) -> Any:
+        if isinstance(picture, str) and Path(picture).is_file():
+            return os.path.relpath(picture, folder)
+        return os.path.relpath(_written(picture, folder), folder) if _is_picture(picture) else picture
+
+    return _with_pictures(row, place)
 
 
 def as_paths(row: Row, folder: Path) -> Row:
@@ -76,14 +80,21 @@ def as_paths(row: Row, folder: Path) -> Row:
     return located(kept(row, folder), folder)
 
 
-def _with_pictures(row: Row, place: Any) -> Row:
-    found = [place(picture) if isinstance(picture, str) else picture for picture in images_of(row)]
-    return {**{key: value for key, value in row.items() if key != "image"}, "images": found}
+def _with_pictures(row: Row, place: Callable[[Any], Any]) -> Row:
+    if not images_of(row):
+        return row
+    key = "images" if row.get("images") is not None else "image"
+    value = row[key]
+    return {**row, key: [place(one) for one in value] if isinstance(value, list | tuple) else place(value)}
 
 
-def _file_of(picture: Any, folder: Path) -> Path:
-    if isinstance(picture, str):
-        return Path(picture)
+def _is_picture(value: Any) -> bool:
+    """An image of PIL, as `datasets` reads them, or the bytes of one, as parquet files hold them."""
+    held = isinstance(value, dict) and isinstance(value.get("bytes"), bytes)
+    return held or type(value).__module__.startswith("PIL.")
+
+
+def _written(picture: Any, folder: Path) -> Path:
     buffer = io.BytesIO()
     open_image(picture, "a row with a picture").convert("RGB").save(buffer, "PNG")
     path = folder / PICTURES / f"{hashlib.sha256(buffer.getvalue()).hexdigest()}.png"

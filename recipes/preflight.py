@@ -20,13 +20,13 @@ from .faults import Fault
 from .hub_check import hub_faults
 from .needs import HUB_TIMEOUT_S, out_of_reach
 from .own import is_own, not_allowed
-from .pictures import reads_pictures
+from .pictures import missing_pictures, reads_pictures
 from .rendered import first_rows, load_tokenizer, longest_prompt, sft_row
 from .reward_trial import NOT_JUDGED, ROWS, faults_of_reward, right_forms, rows_to_try, wrong_texts
 from .rewards import make_reward
 from .rl import make_credit, make_risk, make_task, training_rows
-from .rows import Row
-from .schema import Adapter, AdaptInfSelect, Recipe, Rl, Sft, Verify
+from .rows import Row, source_rows
+from .schema import Adapter, AdaptInfSelect, Columns, Recipe, Rl, Sft, Verify
 from .targets import ConfigError, context_of, linear_names, meta_model, targets_of, unmatched
 from .trainer_args import given, value_of
 from .training import moka_config, trainer_arguments
@@ -116,12 +116,30 @@ def _picture_faults(recipe: Recipe) -> Iterator[Fault]:
         yield Fault(recipe.where(("base", "precision")), f"{what}, and bit plans are of language models alone")
     for number, stage in enumerate(recipe.stages):
         where = recipe.where(("stages", number, "stage"))
+        for key in ("raw", "data"):
+            sources = getattr(stage, key, None)
+            for source in sources if isinstance(sources, list) else ():
+                yield from (Fault(recipe.where(("stages", number, key)), message) for message in _no_pictures(source))
         if isinstance(stage, Rl | Verify):
             yield Fault(where, f"{what}, and the stage {stage.stage} asks and trains language models alone")
         elif getattr(stage, "datasets", None) is not None:
             yield Fault(where, f"{what}, and sequences of datasets are of text alone; give raw")
         elif isinstance(stage, Sft) and (value_of(stage.trainer, "packing") or value_of(stage.trainer, "padding_free")):
             yield Fault(where, f"{what}, and TRL packs no rows with pictures; leave packing and padding_free out")
+
+
+def _no_pictures(source: Any) -> Iterator[str]:
+    """The first row of a source whose picture is missing. What else is wrong with the source is said of it."""
+    if not isinstance(source, str | Columns):
+        return
+    file = source if isinstance(source, str) else source.path
+    try:
+        for count, row in enumerate(source_rows(source, "data"), start=1):
+            for path in missing_pictures(row):
+                yield f"row {count} of {file}: no picture is at {path!r}, seen from the file of the row"
+                return
+    except (ValueError, OSError):
+        return
 
 
 def _sft_faults(recipe: Recipe, stage: Any) -> Found:

@@ -10,10 +10,10 @@ from string import Formatter
 from typing import Any
 
 from ..data_selection import DataSelectionError
-from ..data_selection.encoding import encode, images_of
+from ..data_selection.encoding import encode
 from ..data_selection.texts import read_rows, row_text
 from ..rl.tasks.worked import worked_examples
-from .pictures import check_pictures, is_processor, located
+from .pictures import holds_pictures, is_processor, located
 from .schema import Columns, HubRows, HubTexts, Puzzles, Shipped, Source
 
 Row = dict[str, Any]
@@ -128,14 +128,12 @@ def check_row(row: Row, where: str) -> None:
     """Refuse, with its place, a row that `tokenize` could not use.
 
     Raises:
-        DataSelectionError: a text is no text, messages are none, none of them is the assistant's, or a picture is no
-            file.
+        DataSelectionError: a text is no text, messages are none, or none of them is the assistant's.
     """
     try:
         row_text(row, where).encode()
     except UnicodeEncodeError as error:
         raise DataSelectionError(f"{where}: half of a surrogate pair is no text: {error}; repair the row") from error
-    check_pictures(row, where)
     if isinstance(row.get("text"), str):
         return
     parts = "images" in row or "image" in row
@@ -193,7 +191,7 @@ def tokenize(row: Row, tokenizer: Any) -> dict[str, list[int]]:
     if is_processor(tokenizer):
         encoded = encode(tokenizer, row, "the row")
         return {"input_ids": encoded.input_ids.tolist(), "labels": encoded.labels.tolist()}
-    if images_of(row):
+    if holds_pictures(row):
         raise DataSelectionError(
             "the row holds pictures, and the base model is loaded as one that reads text alone; take a model that "
             "reads pictures, or leave the column out"

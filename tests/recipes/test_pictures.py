@@ -28,9 +28,10 @@ from krontune.recipes import needs
 from krontune.recipes.chain import run as run_recipe
 from krontune.recipes.faults import RecipeError
 from krontune.recipes.loader import load
-from krontune.recipes.pictures import PictureCollator, as_paths, fitting, kept, located, picture_lines
+from krontune.recipes.pictures import PictureCollator, as_paths, fitting, holds_pictures, kept, located, picture_lines
 from krontune.recipes.plan import plan
 from krontune.recipes.preflight import check
+from krontune.recipes.rows import tokenize
 from krontune.recipes.run_folder import RunError
 
 from .conftest import write_rows
@@ -200,11 +201,20 @@ def test_a_batch_of_pictures_of_several_sizes_gives_the_loss_of_one_row_at_a_tim
 
 def test_paths_are_relative_to_the_file_and_survive_being_written_elsewhere(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    for folder in (tmp_path / "data", tmp_path / "run" / "select"):
+        folder.mkdir(parents=True)
+    picture("red").save(tmp_path / "data" / "a.png")
     row = located({"image": "a.png", "text": "x"}, tmp_path / "data")
-    assert row["images"] == [str(tmp_path / "data" / "a.png")]
+    assert row == {"image": str(tmp_path / "data" / "a.png"), "text": "x"} and holds_pictures(row)
     there = kept(row, tmp_path / "run" / "select")
-    assert there["images"] == ["../../data/a.png"] and located(there, tmp_path / "run" / "select") == row
-    assert located({"text": "x", "images": None}, tmp_path) == {"text": "x", "images": None}
+    assert there["image"] == "../../data/a.png" and located(there, tmp_path / "run" / "select") == row
+
+
+@pytest.mark.parametrize("value", [None, [], "https://pictures.test/a.png", {"url": "a"}, 7, ["gone.png"]])
+def test_what_is_no_picture_stays_as_it_is_and_is_text_for_a_base_of_text(tmp_path, tokenizer, value):
+    row = {"text": "one two", "image": value}
+    assert kept(row, tmp_path) == located(row, tmp_path) == row and not holds_pictures(row)
+    assert tokenize(row, tokenizer) == tokenize({"text": "one two"}, tokenizer)
 
 
 def test_load_base_gives_the_model_its_processor(eyes):
@@ -239,7 +249,7 @@ def test_what_is_not_there_for_pictures_is_a_fault(data, text, message):
 def test_a_picture_that_is_missing_or_none_is_a_fault_of_its_row(data):
     (data / "data" / "1.png").unlink()
     [fault, *_] = faults_of(data, SELECT + SFT)
-    assert "pool.jsonl:2: no picture is at 'data/1.png'; paths are relative to the file of the row" in fault
+    assert "row 2 of data/pool.jsonl: no picture is at '1.png', seen from the file of the row" in fault
     (data / "data" / "1.png").write_text("no picture")
     write_rows(data / "one.jsonl", [{**chat("a", "b"), "images": ["data/1.png"]}])
     text = f"- {{stage: sft, data: one.jsonl, {ADAPTER}}}\n"
