@@ -14,6 +14,7 @@ import torch
 from transformers.pytorch_utils import Conv1D
 
 from ..adapters.kronecker import weight_is_cheaper
+from ..rl.rollout_cache import BITS, group_size
 from .schema import BaseModelSection, Rl, Sft
 from .targets import Size, Targets
 from .trainer_args import value_of
@@ -24,6 +25,7 @@ FOUR_BITS = 0.5 + 1 / 64 + SINGLE / (64 * 256)
 
 # TRL's output layer works on tiles of so many tokens and words. Triton folds a tile where it lies; without it,
 # torch's operations hold so many float32 copies at their widest, the backward pass, and a mask.
+RESIDUAL = 128  # tokens, transformers' default
 TILE_TOKENS, TILE_WORDS = 4096, 32768
 COPIES, COPIES_WITHOUT_TRITON = 0, 7
 
@@ -243,18 +245,41 @@ def training_bytes(
 
 
 def rollout_bytes(
-    config: Any, completions: int, prompt: int, completion: int, *, dense: int = 0, shared_prompts: int | None = None
+    config: Any,
+    completions: int,
+    prompt: int,
+    completion: int,
+    *,
+    dense: int = 0,
+    shared_prompts: int | None = None,
+    cache: str | None = None,
 ) -> int:
     """Generation of a batch: the cache at its fullest, one layer of it twice while it grows, the logits of a step in
     16 bits and three times in float32, or, where that is more, the prompts on their way through the MLP.
 
     dense: weights that are made dense for it. shared_prompts: how many prompts are read, where not one a completion.
+    cache: of `krontune.rl.rollout_cache`.
     """
     widths, length = Widths.of(config), prompt + completion
     layer = 2 * HALF * widths.key * completions * length
     step = (HALF + 3 * SINGLE) * completions * widths.words
     reading = (4 * HALF * widths.inner + 4 * SINGLE * widths.hidden) * (shared_prompts or completions) * prompt
-    return HALF * dense + (widths.layers + 1) * layer + max(step, reading)
+    kept = _kept_cache(config, cache, widths, layer, 2 * HALF * widths.key * completions * min(length, RESIDUAL))
+    return HALF * dense + ceil(kept + layer) + max(step, reading)
+
+
+def _kept_cache(config: Any, cache: str | None, widths: Widths, layer: int, newest: int) -> float:
+    """Bytes of all keys and values. layer: of one layer in 16 bits; newest: of its RESIDUAL last tokens, which int4 and
+    int2 leave in 16."""
+    if cache is None:
+        return widths.layers * layer
+    if cache == "offloaded":  # the layer at work, and the next on its way
+        return 2 * layer
+    if cache == "fp8":
+        return widths.layers * layer / 2
+    bits = BITS[cache]
+    share = (bits / 8 + 2 * HALF / group_size(config, bits)) / HALF
+    return widths.layers * (layer * share + newest)
 
 
 def readable(size: float) -> str:
@@ -307,6 +332,7 @@ def rl_memory(model: Any, base: BaseModelSection, stage: Rl, targets: Targets, p
         completion,
         dense=dense_numbers(model, base, targets) if base.dense_generation else 0,
         shared_prompts=ceil(completions / group) if stage.share_prompts else None,
+        cache=stage.cache,
     )
     adapter = adapter_bytes(targets.trainable, value_of(trainer, "optim"))
     return Memory(base_bytes(model, base), *adapter, activations, logits, rollouts)

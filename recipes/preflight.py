@@ -14,6 +14,7 @@ from ..adapters import AdapterError
 from ..adapters.base import resolve_model
 from ..adapters.embedded import NAME
 from ..rl import CertificateTask, Guarded, RlError, TokenCredit
+from ..rl.rollout_cache import BITS, cache_settings
 from .adapt_inf_faults import adapt_inf_faults
 from .data_faults import Found, select_faults, source_faults, tried
 from .faults import Fault
@@ -27,7 +28,7 @@ from .rewards import make_reward
 from .rl import make_credit, make_risk, make_task, training_rows
 from .rows import Row, source_rows
 from .schema import Adapter, AdaptInfSelect, Columns, Recipe, Rl, Sft, Verify
-from .targets import ConfigError, context_of, linear_names, meta_model, targets_of, unmatched
+from .targets import ConfigError, base_config, context_of, linear_names, meta_model, targets_of, unmatched
 from .trainer_args import given, value_of
 from .training import moka_config, trainer_arguments
 from .verify_checks import wanted
@@ -169,7 +170,7 @@ def _rl_faults(recipe: Recipe, stage: Rl) -> Found:
         yield from adapter_faults(recipe, stage.adapter)
     yield from tried(("credit",), lambda: make_credit(stage))
     yield from tried(("risk",), lambda: make_risk(stage))
-    yield from _conflicts(stage)
+    yield from _conflicts(recipe, stage)
     yield from _trainer_faults(recipe, stage, "GRPOConfig")
     task, faults = None, []
     if stage.task is not None:
@@ -247,13 +248,14 @@ def _tried_reward(recipe: Recipe, stage: Rl, task: CertificateTask | None, rows:
     yield from ((("reward",), " ".join(fault.split())) for fault in faults)
 
 
-def _conflicts(stage: Rl) -> Found:
+def _conflicts(recipe: Recipe, stage: Rl) -> Found:
     """What is right alone and wrong together."""
     trainer = given(stage.trainer)
     credit = given(stage.credit) if stage.credit is not None else {"strategy": "off"}
     strategy = credit.get("strategy", "coupled")
     if strategy != "off":
         yield from ((("credit",), message) for message in _lost_credit(strategy, credit, trainer))
+    yield from _cache_faults(recipe, stage, trainer)
     if stage.risk is None:
         return
     risk = given(stage.risk)
@@ -276,6 +278,40 @@ def _conflicts(stage: Rl) -> Found:
                 "gradient: use at most 0.5, a graded reward, or allow_binary: true"
             ),
         )
+
+
+def _cache_faults(recipe: Recipe, stage: Rl, trainer: dict[str, Any]) -> Found:
+    """A cache that the rollouts cannot have, or one that nobody measures."""
+    if trainer.get("cache_implementation") == "quantized":
+        yield (
+            ("trainer", "cache_implementation"),
+            "with a quantised cache another model samples than learns, and here nothing measures how far; say cache: "
+            "fp8, int4 or int2 in the stage",
+        )
+    if stage.cache is None:
+        return
+    if trainer.get("cache_implementation") is not None:
+        yield ("cache",), "cache and trainer.cache_implementation both set the cache of rollouts; leave one of them out"
+    for key in ("use_vllm", "use_transformers_continuous_batching"):
+        if trainer.get(key):
+            yield ("cache",), f"cache is one of plain transformers, and {key} has its own; leave one of them out"
+    if stage.share_prompts:
+        yield ("cache",), "share_prompts fills a cache of its own, which cannot be another; leave one of them out"
+    for key in ("fsdp", "deepspeed"):
+        if trainer.get(key):
+            yield ("cache",), f"cache is compared with the whole policy, which {key} cuts up; leave one of them out"
+    import torch
+
+    try:
+        config = base_config(recipe.base)
+    except ConfigError:  # said of the model
+        config = None
+    if stage.cache == "offloaded" and not torch.accelerator.is_available():
+        yield ("cache",), "offloaded moves what a GPU holds to main memory, and there is no GPU here; leave it out"
+    elif stage.cache in BITS and find_spec("hqq") is None:
+        yield ("cache",), f"{stage.cache} needs the package hqq, which is not here: pip install hqq; fp8 needs none"
+    elif config is not None:
+        yield from tried(("cache",), lambda: cache_settings(str(stage.cache), config, torch.device("meta")))
 
 
 def _lost_credit(strategy: str, credit: dict[str, Any], trainer: dict[str, Any]) -> Iterator[str]:

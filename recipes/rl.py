@@ -79,7 +79,7 @@ def run_rl(recipe: Recipe, stage: Rl, run: RunFolder, control: str | None = None
     guard = guard_of(reward)
     # A control that earns nothing has learned nothing, which is an answer, too.
     alarms = checks.Alarms(stop_on_zero=control is None)
-    apart = None if stage.max_mismatch is None else MismatchGuard(stage.max_mismatch)
+    apart = None if stage.mismatch_limit is None else MismatchGuard(stage.mismatch_limit)
     known: dict[str, Stateful] = {"alarms": alarms}
     inner = reward.reward if isinstance(reward, checks.Monitored) else reward
     if isinstance(inner, Guarded | RandomReward | CertificateReward):
@@ -99,6 +99,7 @@ def run_rl(recipe: Recipe, stage: Rl, run: RunFolder, control: str | None = None
                 callbacks=[checkpoints, Report(name, run, shown=shown), alarms, *([apart] if apart else [])],
                 dense_rollouts=recipe.base.dense_generation,
                 share_prompts=stage.share_prompts,
+                rollout_cache=stage.cache,
             )
 
         def outcome() -> dict[str, Any] | None:

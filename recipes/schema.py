@@ -35,6 +35,9 @@ Shapes = (
 )
 
 
+MISMATCH_LIMIT = 0.2  # nats a token, of rollouts with another cache; docs/launch.md says what it was chosen from
+
+
 def _whose(name: Any) -> str:
     return "own" if isinstance(name, str) and is_own(name) else "shipped"
 
@@ -460,9 +463,11 @@ class Rl(Section):
     """The adapter to begin with where no sft stage came before; else that stage's is continued."""
     share_prompts: bool = False
     """Compute the prompt that the completions of a group share once; needs eager or sdpa attention."""
-    max_mismatch: float | None = Field(default=None, gt=0)
-    """Stop where vLLM, which samples, and the model that learns differ by more, in nats a token; see
-    krontune.rl.MismatchGuard. null only logs it."""
+    cache: Literal["offloaded", "fp8", "int4", "int2"] | None = None
+    """Of keys and values, in rollouts: offloaded to main memory, or in fewer bits (int4 and int2 by hqq)."""
+    max_mismatch: Annotated[float, Field(gt=0)] | Literal["auto"] | None = "auto"
+    """Stop where vLLM or a model with another cache, which sample, and the model that learns differ by more, in nats a
+    token; see krontune.rl.MismatchGuard. auto: 0.2 with cache, and no limit with vLLM; null only logs it."""
     trainer: GrpoTrainerArgs = GrpoTrainerArgs()  # pyright: ignore[reportInvalidTypeForm]
     """Any field of trl.GRPOConfig."""
 
@@ -470,12 +475,19 @@ class Rl(Section):
     def _measures_what_it_limits(self) -> "Rl":
         trainer: Any = self.trainer
         measured = trainer.use_vllm and trainer.vllm_importance_sampling_correction is not False
-        if self.max_mismatch is not None and not measured:
+        if isinstance(self.max_mismatch, float | int) and not measured and self.cache is None:
             raise ValueError(
-                "max_mismatch limits what is measured with use_vllm: true alone, and not with "
+                "max_mismatch limits what is measured with use_vllm: true or with cache alone, and not with "
                 "vllm_importance_sampling_correction: false"
             )
         return self
+
+    @property
+    def mismatch_limit(self) -> float | None:
+        """In nats a token; None for none."""
+        if self.max_mismatch == "auto":
+            return None if self.cache is None else MISMATCH_LIMIT
+        return self.max_mismatch
 
 
 class Verify(Section):

@@ -6,7 +6,7 @@ from transformers import TrainerCallback
 
 from .errors import RlError
 
-MEAN = "sampling/sampling_logp_difference/mean"
+MEAN, MAX = "sampling/sampling_logp_difference/mean", "sampling/sampling_logp_difference/max"
 
 
 class MismatchGuard(TrainerCallback):
@@ -16,9 +16,10 @@ class MismatchGuard(TrainerCallback):
     An engine with weights, kernels or a cache of its own gives the tokens that it samples other probabilities than the
     model that is updated on them; policy gradients hold for a small difference and collapse with a large one.
 
-    limit: nats a token; of the mean absolute difference of the two log-probabilities over a log entry, which TRL
-        measures on every sampled token as `sampling/sampling_logp_difference/mean` where it samples with vLLM and
-        `vllm_importance_sampling_correction` is on. Log entries without it are passed over.
+    limit: nats a token; of the mean absolute difference of the two log-probabilities over a log entry, logged as
+        `sampling/sampling_logp_difference/mean`: by TRL on every sampled token where it samples with vLLM and
+        `vllm_importance_sampling_correction` is on, and by `DenseRolloutGRPOTrainer` with a `rollout_cache`. Entries
+        without it are passed over.
 
     After training: `worst` (the largest entry, None where none was measured) and `stopped` (why it ended the run, or
     "").

@@ -19,9 +19,11 @@ from .credit import TokenCredit, credited, credited_advantages, token_credit
 from .errors import RlError
 from .heads import HeadSplit, pool
 from .labelled_head import score_labelled_only
+from .mismatch import MAX, MEAN
 from .probe import evaluating, read_rhythm
 from .rhythm import Rhythm
 from .risk import Risk, is_graded, risk_advantages, zero_groups
+from .rollout_cache import cache_settings, recorded
 from .shared_prompt import pack, refuse_leaks, shared_prefill
 
 _STATE_FILE = "token_credit.pt"
@@ -42,13 +44,25 @@ class DenseRolloutGRPOTrainer(GRPOTrainer):
         share_prompts: compute the prompt that the completions of a group share once, in sampling and in each gradient
             step, see `krontune.rl.shared_prompt`: the same results up to rounding. The gain is largest where a group
             stays in one batch, `gradient_accumulation_steps=1`.
+        rollout_cache: sample with a smaller cache of keys and values, see `krontune.rl.rollout_cache`: "offloaded",
+            "fp8", "int4", "int2", or None for the usual one. How probable the sampled tokens are with it and without is
+            then compared on the first micro-batch of each sampling, and logged under TRL's names,
+            `sampling/sampling_logp_difference/mean` and `/max`; give `MismatchGuard` a limit for it.
         All others: of `trl.GRPOTrainer`.
 
     Raises:
-        RlError: `share_prompts` with a model in which completions on one line would see each other.
+        RlError: `share_prompts` with a model in which completions on one line would see each other; a `rollout_cache`
+            that model, device, vLLM or `share_prompts` cannot have.
     """
 
-    def __init__(self, *args: Any, dense_rollouts: bool = True, share_prompts: bool = False, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        dense_rollouts: bool = True,
+        share_prompts: bool = False,
+        rollout_cache: str | None = None,
+        **kwargs: Any,
+    ) -> None:
         self._prompts: Any = None
         super().__init__(*args, **kwargs)
         for scorer in (self.model, self.ref_model):
@@ -56,19 +70,64 @@ class DenseRolloutGRPOTrainer(GRPOTrainer):
                 score_labelled_only(self.accelerator.unwrap_model(scorer))
         policy = self.accelerator.unwrap_model(self.model)
         keep_float32(policy)  # before DDP takes what TRL has cast
+        self.rollout_cache = rollout_cache
+        if rollout_cache is not None:
+            self._set_cache(rollout_cache, share_prompts)
         self.dense_rollouts = dense_rollouts and not self.use_vllm
         self.share_prompts = share_prompts
         if share_prompts:
             with evaluating(policy), self.accelerator.autocast():
                 refuse_leaks(policy)
 
+    def _set_cache(self, cache: str, share_prompts: bool) -> None:
+        if self.use_vllm:
+            raise RlError(f"rollout_cache {cache!r} is one of transformers', and vLLM has its own; leave one out")
+        if share_prompts:
+            raise RlError(f"share_prompts fills a cache of its own, which cannot be {cache!r}; leave one of them out")
+        if self.is_fsdp_enabled or self.accelerator.distributed_type == DistributedType.DEEPSPEED:
+            raise RlError(f"rollout_cache {cache!r} is compared with the whole policy, which FSDP and DeepSpeed cut up")
+        policy = self.accelerator.unwrap_model(self.model)
+        for key, value in cache_settings(cache, policy.config, self.accelerator.device).items():
+            setattr(self.generation_config, key, value)
+
     def _generate_single_turn(self, *args: Any, **kwargs: Any) -> Any:
         policy = self.accelerator.unwrap_model(self.model)
         with (
             dense_weights(policy) if self.dense_rollouts else nullcontext(),
             shared_prefill(policy) if self.share_prompts and not self.use_vllm else nullcontext(),
+            recorded(policy, self.temperature) if self.rollout_cache else nullcontext([]) as sampled,
         ):
-            return super()._generate_single_turn(*args, **kwargs)
+            completion_ids, log_probs = super()._generate_single_turn(*args, **kwargs)
+        if sampled:
+            log_probs = [row[: len(ids)].tolist() for row, ids in zip(sampled[0], completion_ids, strict=True)]
+        return completion_ids, log_probs
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        batch = super()._generate_and_score_completions(inputs)
+        if self.rollout_cache is not None:
+            self._log_mismatch(batch)
+        return batch
+
+    @torch.no_grad()
+    def _log_mismatch(self, batch: dict[str, Any]) -> None:
+        """Of the first micro-batch: sampler and learner, at the same weights."""
+        if "pixel_values" in batch:
+            raise RlError("a rollout_cache is measured on text alone, and this batch has images; leave it out")
+        some = slice(self.args.per_device_train_batch_size)
+        prompt, completion = batch["prompt_ids"][some], batch["completion_ids"][some]
+        attended = torch.cat([batch["prompt_mask"][some], batch["completion_mask"][some]], 1)
+        policy = self.accelerator.unwrap_model(self.model)
+        with evaluating(policy):
+            learner, *_ = self._get_per_token_logps_and_entropies(
+                self.model, torch.cat([prompt, completion], 1), attended, completion.shape[1]
+            )
+        own = batch["completion_mask"] * batch.get("tool_mask", 1)  # (B, C)
+        apart = (learner - batch["sampling_per_token_logps"][some]).abs()[own[some].bool()]
+        local = [apart.mean(), apart.max()] if len(apart) else [apart.new_zeros(())] * 2
+        every = cast(torch.Tensor, self.accelerator.gather(torch.stack(local)[None]))  # (processes, 2)
+        metrics = self._metrics["train" if policy.training else "eval"]
+        metrics[MEAN].append(every[:, 0].mean().item())
+        metrics[MAX].append(every[:, 1].max().item())
 
     def _get_per_token_logps_and_entropies(
         self,

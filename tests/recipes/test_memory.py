@@ -163,6 +163,18 @@ def test_the_cache_of_a_generation_holds_keys_and_values_of_every_layer():
     assert rollout_bytes(config, 16, 100, 200, dense=10) == 20 + cache + max(step, reading)
 
 
+def test_a_smaller_cache_counts_its_bits_its_scales_and_what_it_leaves_in_16_bits():
+    config, layer, newest = LlamaConfig(**EIGHT_B), 2 * 2 * 1024 * 16 * 300, 2 * 2 * 1024 * 16 * 128
+    rest = rollout_bytes(config, 16, 100, 200) - 33 * layer
+    expected = {
+        "offloaded": 3 * layer,
+        "fp8": 16 * layer + layer,
+        "int4": 32 * (layer * (4 + 32 / 64) / 16 + newest) + layer,  # a scale and a zero point for 64 numbers
+        "int2": 32 * (layer * (2 + 32 / 64) / 16 + newest) + layer,
+    }
+    assert {cache: rollout_bytes(config, 16, 100, 200, cache=cache) - rest for cache in expected} == expected
+
+
 def test_an_rl_stage_counts_its_whole_batch_of_completions_and_shared_prompts_once():
     config, base = LlamaConfig(**EIGHT_B), BaseModelSection(model="large")
     model, targets = skeleton(config), match(skeleton(config), Adapter())

@@ -49,7 +49,7 @@ def test_a_recipe_limits_only_what_is_measured(tmp_path):
     stage = "{stage: rl, task: {name: lis, n: [3, 4]}, adapter: {}, max_mismatch: 0.1}"
     file.write_text(f"name: r\nbase: {{model: m}}\nstages: [{stage}]\n")
     for overrides in ([], ["stages.rl.trainer={use_vllm: true, vllm_importance_sampling_correction: false}"]):
-        with pytest.raises(RecipeError, match="max_mismatch limits what is measured with use_vllm: true alone"):
+        with pytest.raises(RecipeError, match="max_mismatch limits what is measured with use_vllm: true or with cache"):
             load(file, overrides)
     assert load(file, ["stages.rl.trainer.use_vllm=true"]).stage("rl").max_mismatch == 0.1
 

@@ -36,7 +36,7 @@ def test_a_rollout_runs_inside_dense_weights_where_they_are_asked_for(dense, mon
     monkeypatch.setattr(GRPOTrainer, "_generate_single_turn", lambda self, *args: (list(entered), args))
     made = object.__new__(DenseRolloutGRPOTrainer)
     made.dense_rollouts, made.accelerator, made.model = dense, Accelerator(), "the model"
-    made.share_prompts, made.use_vllm = False, False
+    made.share_prompts, made.use_vllm, made.rollout_cache = False, False, None
     seen, args = made._generate_single_turn("prompts", None)
     assert args == ("prompts", None)
     assert seen == (["the model"] if dense else []) and entered == (["the model", "left"] if dense else [])
