@@ -164,6 +164,31 @@ def test_the_card_is_true_loads_and_names_no_path(finished):
     compile(snippet, "card", "exec")
 
 
+def test_the_hub_reads_the_measured_rates_from_the_card_with_what_generates_the_task_again(finished):
+    from huggingface_hub import ModelCard
+
+    card = ModelCard.load(finished / "adapter" / "README.md")
+    result = read_run(finished).verify
+    scores, found = result["models"]["rl"], {one.metric_name.split(",")[0]: one for one in card.data.eval_results}
+    assert card.data.model_name == "one" and list(found) == ["certificate", "answer", "gap"]
+    for name, one in found.items():
+        assert one.metric_value == scores[name]["value"] and f"n = {scores[name]['n']}" in one.metric_name
+        assert f"{scores[name]['low']:.3f} to {scores[name]['high']:.3f}" in one.metric_name
+        assert (one.dataset_type, one.dataset_split, one.verified) == ("unknown", "test", None)
+        assert one.dataset_args == {**result["task"], "instances": result["instances"], "seed": 0}
+
+
+def test_a_run_that_did_not_measure_the_published_adapter_has_no_model_index(finished):
+    from dataclasses import replace
+
+    from krontune.recipes.card import model_index
+
+    run = read_run(finished)
+    assert model_index(run) and model_index(replace(run, verify=None)) == {}
+    early = {**run.verify, "models": {"base": run.verify["models"]["base"]}}
+    assert model_index(replace(run, verify=early)) == {}
+
+
 def test_a_base_that_is_a_folder_is_not_named_on_the_card(finished, tmp_path):
     from krontune.recipes.card import model_card
 
