@@ -155,6 +155,7 @@ def warm_up(recipe: Recipe, stage: AdaptInfSelect, rows: Sequence[Row], out: Pat
     settings = stage.warm_up
     count = min(len(rows), settings.steps * settings.batch_size)
     chosen = top_k(uniform_noise(recipe.seed, len(rows), WARM_UP_STREAM), count).tolist()
+    data: dict[str, Any]
     some, pictures = [rows[i] for i in chosen], is_processor(tokenizer)
     if pictures:
         data = picture_training(some, tokenizer)

@@ -116,7 +116,7 @@ class DenseRolloutGRPOTrainer(GRPOTrainer):
         some = slice(self.args.per_device_train_batch_size)
         prompt, completion = batch["prompt_ids"][some], batch["completion_ids"][some]
         attended = torch.cat([batch["prompt_mask"][some], batch["completion_mask"][some]], 1)
-        policy = self.accelerator.unwrap_model(self.model)
+        policy: Any = self.accelerator.unwrap_model(self.model)
         with evaluating(policy):
             learner, *_ = self._get_per_token_logps_and_entropies(
                 self.model, torch.cat([prompt, completion], 1), attended, completion.shape[1]
