@@ -60,6 +60,8 @@ def run_adapt_inf(recipe: Recipe, stage: AdaptInfSelect, run: RunFolder) -> None
     run.add_data("raw", **content_of(pool))
     rows = _checked_rows(pool)
     model, tokenizer, scored_with = _scoring_model(recipe, stage, rows, folder, run)
+    for number, path in enumerate(stage.members if isinstance(stage.members, list) else ()):
+        model.load_adapter(path, _member(number))
     store = score_samples(model, tokenizer, rows, **scoring_settings(recipe, stage), out_dir=folder / STORE)
     method = adapt_inf(stage)
     k = budget_of(stage, len(rows))
@@ -93,7 +95,15 @@ def adapt_inf(stage: AdaptInfSelect) -> AdaptInf:
 def scoring_settings(recipe: Recipe, stage: AdaptInfSelect) -> dict[str, Any]:
     """Arguments of `score_samples`."""
     names = ("scores", "gradients", "projection", "batch_size", "max_length")
-    return {**{name: getattr(stage, name) for name in names}, "seed": recipe.seed}
+    members = stage.members
+    if isinstance(members, list):
+        members = [_member(number) for number in range(len(members))]
+    return {**{name: getattr(stage, name) for name in names}, "members": members, "seed": recipe.seed}
+
+
+def _member(number: int) -> str:
+    """The name under which an adapter of `members` is loaded."""
+    return f"member-{number}"
 
 
 def budget_of(stage: AdaptInfSelect, rows: int) -> int:
