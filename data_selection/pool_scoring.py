@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from .encoding import Encoded, collate, encode, image_tokens, without_images
+from .encoding import Encoded, collate, encode, image_signature, image_tokens, without_images
 from .gradients import Layers, Plan, plan_gradients, scoring_mode, take_gradients
 from .identity import store_identity
 from .projections import CountSketch, FactorProjection, Projection, projected_size, projection_key, projector
@@ -146,7 +146,7 @@ class _Job:
             found["ppl"] = np.exp(found["nll"])
             found["grand"] = found.get(NORM, np.full(len(batch), np.nan))
             if "log_ig" in self.columns:
-                found["log_ig"] = self._nll_without_images(batch, found["nll"]) - found["nll"]
+                found["log_ig"] = self._grounding(batch, tokens["nll"], owner)
             if "epistemic" in self.columns:
                 mutual, reverse = self._epistemic(places, inputs, where)
                 found["epistemic"] = sample_means(mutual, owner, len(batch))
@@ -163,17 +163,24 @@ class _Job:
             return vectors.cpu().numpy()
         return nn.functional.normalize(vectors, dim=1, eps=1e-30).half().cpu().numpy()
 
-    def _nll_without_images(self, batch: Sequence[Encoded], nll: NDArray[np.float64]) -> NDArray[np.float64]:
+    def _grounding(self, batch: Sequence[Encoded], nll: torch.Tensor, owner: torch.Tensor) -> NDArray[np.float64]:
+        """(n,) the mean NLL without images minus that with them; nll (A,) and owner (A,) of the batch with images.
+
+        Both means are over the tokens that both rows predict: an answer that only an image stands before loses its
+        first token with it.
+        """
+        found = np.where([row.answers > 0 for row in batch], 0.0, np.nan)
         blind = [i for i, row in enumerate(batch) if row.images]
         if not blind:
-            return nll
-        removed = image_tokens(self.model)
-        inputs, labels = self._tensors([without_images(batch[i], removed) for i in blind])
-        where, targets, owner = answer_places(labels)
+            return found
+        rows = [without_images(batch[i], image_tokens(self.model, self.tokenizer)) for i in blind]
+        inputs, labels = self._tensors(rows)
+        where, targets, owner_blind = answer_places(labels)
         tokens = token_scores(answer_logits(self.model, inputs, where), targets)
-        nll = nll.copy()
-        nll[blind] = sample_means(tokens["nll"], owner, len(blind))
-        return nll
+        found[blind] = sample_means(tokens["nll"], owner_blind, len(blind))
+        for i, row in zip(blind, rows, strict=True):
+            found[i] -= nll[owner == i][batch[i].answers - row.answers :].double().mean().item()
+        return found
 
     def _epistemic(
         self, places: Sequence[int], inputs: dict[str, torch.Tensor], where: torch.Tensor
@@ -219,9 +226,9 @@ def batches_to_do(
         if done[start:stop].all():
             continue
         encoded = [encode(tokenizer, rows[i], f"row {i}", max_length) for i in range(start, stop)]
-        shapes = [sorted((name, tuple(value.shape[1:])) for name, value in row.images.items()) for row in encoded]
+        shapes = [repr(image_signature(row)) for row in encoded]
         # Rows whose images fit in one tensor stand together, then rows of like length.
-        order = sorted(range(len(encoded)), key=lambda i: (_signature(shapes[i]), len(encoded[i]), i))
+        order = sorted(range(len(encoded)), key=lambda i: (shapes[i], len(encoded[i]), i))
         batches = [list(batch) for batch in _cut(order, shapes, batch_size)]
         for number, batch in enumerate(batches):
             places = [start + i for i in batch]
@@ -229,14 +236,10 @@ def batches_to_do(
                 yield places, [encoded[i] for i in batch]
 
 
-def _signature(shapes: Any) -> str:
-    return repr([entry for entry in shapes if entry[0] != "mm_token_type_ids"])
-
-
-def _cut(order: list[int], shapes: list[Any], size: int) -> Iterator[list[int]]:
+def _cut(order: list[int], shapes: list[str], size: int) -> Iterator[list[int]]:
     batch: list[int] = []
     for i in order:
-        if batch and (len(batch) == size or _signature(shapes[i]) != _signature(shapes[batch[0]])):
+        if batch and (len(batch) == size or shapes[i] != shapes[batch[0]]):
             yield batch
             batch = []
         batch.append(i)
