@@ -313,6 +313,19 @@ class WarmUp(Section):
     learning_rate: float = Field(default=1e-3, gt=0)
 
 
+class Factors(Section):
+    """The factorised projection, for the gradients of all layers."""
+
+    side: int = Field(default=16, ge=1)
+    """Numbers that a row and a column of each matrix's gradient are brought down to."""
+
+
+Projected = Annotated[
+    Annotated[int, Field(ge=1), Tag("size")] | Annotated[Factors, Tag("factors")],
+    Discriminator(lambda value: "factors" if isinstance(value, (dict, Factors)) else "size"),
+]
+
+
 class Skill(Section):
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     """Names the data set in folders and reports."""
@@ -359,8 +372,9 @@ class AdaptInfSelect(Section):
     """Do as the published code does."""
     gradients: Literal["last", "all"] | list[int] = "last"
     """The decoder layers whose adapter gradients are taken."""
-    projection: int | None = Field(default=1024, ge=1)
-    """Length of the stored vectors; null keeps gradients whole."""
+    projection: Projected | None = 1024
+    """Length of the stored vectors, or {side: 16} to project both factors of each matrix's gradient; null keeps
+    gradients whole."""
     batch_size: int = Field(default=8, ge=1)
     """Rows scored at once."""
     max_length: int | None = Field(default=2048, ge=2)

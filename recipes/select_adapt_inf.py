@@ -22,11 +22,12 @@ from trl import SFTConfig, SFTTrainer
 
 from ..data_selection import AdaptInf, Selection, score_samples
 from ..data_selection.files import open_atomic
+from ..data_selection.projections import Factorised
 from ..data_selection.selection import top_k, uniform_noise, write_atomic
 from .progress import Report
 from .rows import Row, check_row, fingerprint, tokenize
 from .run_folder import RunError, RunFolder
-from .schema import Adapter, AdaptInfSelect, Recipe, Select, Sft, Skill, Source
+from .schema import Adapter, AdaptInfSelect, Factors, Recipe, Select, Sft, Skill, Source
 from .select import (
     BALANCED,
     CONTROL,
@@ -98,7 +99,10 @@ def scoring_settings(recipe: Recipe, stage: AdaptInfSelect) -> dict[str, Any]:
     members = stage.members
     if isinstance(members, list):
         members = [_member(number) for number in range(len(members))]
-    return {**{name: getattr(stage, name) for name in names}, "members": members, "seed": recipe.seed}
+    settings = {**{name: getattr(stage, name) for name in names}, "members": members, "seed": recipe.seed}
+    if isinstance(stage.projection, Factors):
+        settings["projection"] = Factorised(stage.projection.side)
+    return settings
 
 
 def _member(number: int) -> str:

@@ -89,6 +89,13 @@ def test_settings_reach_the_scores_and_the_selection(data):
     assert facts["n"] == 10 and {one["selector"] for one in facts["clusters"]} == {"grand"}
 
 
+def test_both_factors_of_all_gradients_are_projected_where_a_side_is_given(data):
+    folder, _ = select_in(data, f"{BASE}; gradients: all; projection: {{side: 4}}; adapter: {{r: 4}}")
+    store = Store(folder / "store")
+    assert store.key["projection"] == {"kind": "factorised", "side": 4} and store.key["layers"] == [0, 1]
+    assert store.width < 1024 * 16 and store.norms.min() > 0
+
+
 def test_the_score_epistemic_takes_dropout_masks_or_trained_adapters_as_members(data):
     masks = "scores: [nll, epistemic]; members: 2; adapter: {r: 4, dropout: 0.3}"
     folder, _ = select_in(data, f"{BASE}; {masks}", name="one")
@@ -174,6 +181,8 @@ def test_sft_trains_on_the_picks_and_on_both_controls_and_the_page_draws_them(da
         (f"{BASE}; target: pool.jsonl", "unknown key 'target'"),
         (f"{BASE}; cluster: 3", "unknown key 'cluster'; did you mean 'clusters'?"),
         (f"{BASE}; scores: [nll, surprise]", "'surprise' is unknown"),
+        (f"{BASE}; projection: 0", "projection"),
+        (f"{BASE}; projection: {{size: 4}}", "unknown key 'size'"),
         (f"{BASE}; keep: 3", "'keep' prunes the pool between datasets"),
         (f"{BASE}; adapter_from: here; adapter: {{r: 2}}", "give one of them"),
         (f"{BASE}; scores: [nll, log_ig]", "compares answers with and without their images, and the rows of a recipe"),
