@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 from .store import NORM, Store
 from .texts import DataSelectionError
 
-ROWS_AT_ONCE = 1024
+ROWS_AT_ONCE, NUMBERS_AT_ONCE = 1024, 1 << 26
 TYPES = {"float16": "<f2", "float32": "<f4", "float64": "<f8", "bfloat16": "<u2"}  # numpy has no bfloat16
 STRUCTURED = {"<f2": "float16", "<f4": "float32", "<f8": "float64", "<V2": "bfloat16"}
 # What has to agree between two indexes whose vectors are compared, in processor_config.yaml.
@@ -100,8 +100,9 @@ def import_bergson(
     taken = _columns(found, names)
     raw = np.memmap(folder / "gradients.bin", TYPES[found.type], "r", shape=(found.rows, sum(found.sizes.values())))
     done = store.done
-    for first in range(0, found.rows, ROWS_AT_ONCE):
-        places = [row for row in range(first, min(first + ROWS_AT_ONCE, found.rows)) if not done[row]]
+    step = max(1, min(ROWS_AT_ONCE, NUMBERS_AT_ONCE // store.width))
+    for first in range(0, found.rows, step):
+        places = [row for row in range(first, min(first + step, found.rows)) if not done[row]]
         if not places:
             continue
         vectors = np.concatenate([_numbers(raw[places, start:stop], found.type) for start, stop in taken], axis=1)

@@ -63,8 +63,9 @@ def encode(tokenizer: Any, row: Any, where: str, max_length: int | None = None) 
       completion is the answer. It starts where the tokens of the prompt alone and of both together part ways.
     - `messages`: the turns of the assistant are the answer: what each turn adds to the turns before it.
     - `input_ids`, with `labels`, or with `completion_mask` or `assistant_masks`; without them all is answer.
-    - `images` (or `image`) beside any of the first three, where `tokenizer` is a processor; or, beside `input_ids`,
-      what the model takes (`pixel_values`, ...).
+    - `images` (or `image`) beside any of the first three, where `tokenizer` is a processor: the text holds its mark of
+      an image as often as there are images, anywhere but inside an answer, and of a `text` all but images is answer.
+      Beside `input_ids`, what the model takes (`pixel_values`, ...).
 
     Args:
         tokenizer: a tokenizer, or for rows with images a processor.
