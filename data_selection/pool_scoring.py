@@ -146,7 +146,7 @@ class _Job:
             found["ppl"] = np.exp(found["nll"])
             found["grand"] = found.get(NORM, np.full(len(batch), np.nan))
             if "log_ig" in self.columns:
-                found["log_ig"] = self._grounding(batch, tokens["nll"], owner)
+                found["log_ig"] = self._grounding(batch, tokens["nll"], targets, owner)
             if "epistemic" in self.columns:
                 mutual, reverse = self._epistemic(places, inputs, where)
                 found["epistemic"] = sample_means(mutual, owner, len(batch))
@@ -163,23 +163,28 @@ class _Job:
             return vectors.cpu().numpy()
         return nn.functional.normalize(vectors, dim=1, eps=1e-30).half().cpu().numpy()
 
-    def _grounding(self, batch: Sequence[Encoded], nll: torch.Tensor, owner: torch.Tensor) -> NDArray[np.float64]:
-        """(n,) the mean NLL without images minus that with them; nll (A,) and owner (A,) of the batch with images.
+    def _grounding(
+        self, batch: Sequence[Encoded], nll: torch.Tensor, targets: torch.Tensor, owner: torch.Tensor
+    ) -> NDArray[np.float64]:
+        """(n,) the mean NLL without images minus that with them; nll, targets and owner (A,) of the batch with images.
 
         Both means are over the tokens that both rows predict: an answer that only an image stands before loses its
-        first token with it.
+        first token with it, and of a caption the borders of its images are answer tokens of one row alone.
         """
         found = np.where([row.answers > 0 for row in batch], 0.0, np.nan)
         blind = [i for i, row in enumerate(batch) if row.images]
         if not blind:
             return found
-        rows = [without_images(batch[i], image_tokens(self.model, self.tokenizer)) for i in blind]
+        removed = image_tokens(self.model, self.tokenizer)
+        rows = [without_images(batch[i], removed) for i in blind]
         inputs, labels = self._tensors(rows)
-        where, targets, owner_blind = answer_places(labels)
-        tokens = token_scores(answer_logits(self.model, inputs, where), targets)
+        where, targets_blind, owner_blind = answer_places(labels)
+        tokens = token_scores(answer_logits(self.model, inputs, where), targets_blind)
         found[blind] = sample_means(tokens["nll"], owner_blind, len(blind))
+        words = ~torch.isin(targets, torch.tensor(removed, device=targets.device))
         for i, row in zip(blind, rows, strict=True):
-            found[i] -= nll[owner == i][batch[i].answers - row.answers :].double().mean().item()
+            own = nll[(owner == i) & words]
+            found[i] -= own[len(own) - row.answers :].double().mean().item()
         return found
 
     def _epistemic(

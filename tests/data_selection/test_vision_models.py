@@ -215,10 +215,16 @@ def test_chats_with_images_in_several_turns_have_their_answers_labelled(vlm):
     assert blind.answers == 3 and len(blind) == 9
 
 
-def test_a_caption_is_read_but_for_its_image(vlm):
+def test_a_caption_is_read_but_for_its_image(vlm, tmp_path):
     encoded = encode(vlm.processor, {"text": f"{vlm.image} red cat", "image": picture(7, 32, 24)}, "row")
     labelled = vlm.words.convert_ids_to_tokens(encoded.labels[encoded.labels != -100].tolist())
     assert [word for word in labelled if not word.startswith("<|vision")] == ["red", "cat", "</s>"]
+
+    row = {"text": f"red {vlm.image} blue cat", "image": picture(7, 32, 24)}
+    store = score_samples(vlm.model, vlm.processor, [row], ("log_ig",), gradients=None, out_dir=tmp_path / "s")
+    halves = {"prompt": f"red {vlm.image} ", "completion": "blue cat", "images": [row["image"]]}
+    seen, blind = answer_nlls(vlm, halves), answer_nlls(vlm, halves, blind=True)
+    assert store.scores["log_ig"][0] == pytest.approx((blind.mean() - seen.mean()).item(), abs=2e-4)
 
 
 def test_batches_with_dropped_images_train(vlm):
