@@ -169,8 +169,8 @@ def _is_of_adapter(parameter: str, adapter: str) -> bool:
 
 def _as_matrices(parameter: torch.Tensor) -> Shape:
     """(k, m, n): one matrix for LoRA, a stack of them for MoKA, a column for the gates' logits."""
-    shape = (*parameter.shape, 1) if parameter.ndim == 1 else parameter.shape
-    return (1, *shape) if len(shape) == 2 else (shape[0], shape[1], shape[2])
+    *stack, m, n = (*parameter.shape, 1) if parameter.ndim == 1 else parameter.shape
+    return prod(stack), m, n
 
 
 def _check_factors(chosen: Sequence[tuple[BaseTunerLayer, Mapping[str, int]]], adapter: str, names: list[str]) -> None:
