@@ -247,9 +247,8 @@ def naive_projection(shapes, projection, gradients):
     return torch.cat(found, dim=1)
 
 
-@pytest.mark.parametrize("side", [3, 5])
 @pytest.mark.parametrize("adapter", ["lora", "moka", "moka_one_shape", "moka_identity_a"])
-def test_factorised_vectors_are_the_projection_of_exact_gradients(adapter, side):
+def test_factorised_vectors_are_the_projection_of_exact_gradients(adapter, side=3):
     model = ADAPTERS[adapter](tiny.tiny_llama())
     plan = plan_gradients(model, "all")
     projection = projector(Factorised(side), plan.shapes, 7, torch.device("cpu"))

@@ -89,6 +89,7 @@ def test_settings_reach_the_scores_and_the_selection(data):
     assert facts["n"] == 10 and {one["selector"] for one in facts["clusters"]} == {"grand"}
 
 
+@pytest.mark.slow
 def test_both_factors_of_all_gradients_are_projected_where_a_side_is_given(data):
     folder, _ = select_in(data, f"{BASE}; gradients: all; projection: {{side: 4}}; adapter: {{r: 4}}")
     store = Store(folder / "store")
@@ -96,11 +97,16 @@ def test_both_factors_of_all_gradients_are_projected_where_a_side_is_given(data)
     assert store.width < 1024 * 16 and store.norms.min() > 0
 
 
-def test_the_score_epistemic_takes_dropout_masks_or_trained_adapters_as_members(data):
+def test_the_score_epistemic_takes_dropout_masks_as_members(data):
     masks = "scores: [nll, epistemic]; members: 2; adapter: {r: 4, dropout: 0.3}"
     folder, _ = select_in(data, f"{BASE}; {masks}", name="one")
     store = Store(folder / "store")
     assert set(store.scores) == {"nll", "epistemic", "epistemic_reverse"} and store.scores["epistemic"].min() > 0
+
+
+@pytest.mark.slow
+def test_the_score_epistemic_takes_trained_adapters_as_members(data):
+    select_in(data, name="one")
     select_in(data, BASE.replace("steps: 2", "steps: 4"), name="two")
     adapters = "members: [one/select/warm_up, two/select/warm_up]; adapter_from: one/select/warm_up"
     folder, facts = select_in(data, f"{BASE}; scores: [epistemic]; selector: epistemic; {adapters}", name="three")
