@@ -23,8 +23,9 @@ def linear_gradient(x: torch.Tensor, g: torch.Tensor) -> torch.Tensor:
         merged = g.mT.reshape(batch, -1, tokens)  # one product of (B, k m, T) and (B, T, n)
         return torch.bmm(merged, x[:, 0]).view(batch, g.shape[1], g.shape[3], x.shape[3])
     if g.shape[1] == 1:
-        merged = x.mT.reshape(batch, -1, tokens)
-        return torch.bmm(merged, g[:, 0]).view(batch, blocks, x.shape[3], g.shape[3]).mT
+        merged = x.transpose(1, 2).reshape(batch, tokens, -1)
+        found = torch.bmm(g[:, 0].mT, merged)
+        return found.view(batch, g.shape[3], blocks, x.shape[3]).transpose(1, 2)
     return g.mT @ x
 
 
@@ -57,13 +58,14 @@ def kron_sides(
     samples, tokens = x.shape[:2]
     x = x.reshape(samples, tokens, n_a, n_b)
     g = g.reshape(samples, tokens, m_a, m_b)
-    through_b = torch.einsum("stpq,kqj->sktjp", g, b)
-    through_a = torch.einsum("kpi,stij->sktpj", a, x)
-    of_gate = torch.einsum("sktjp,sktpj->sk", through_b, through_a)
+    # The order of axes in memory is the one in which `linear_gradient` reads them without a copy.
+    through_b = torch.einsum("stpq,kqj->skptj", g, b)
+    through_a = torch.einsum("kpi,stij->stpkj", a, x)
+    of_gate = (through_b * through_a.permute(0, 3, 2, 1, 4)).sum((2, 3, 4))
     scale = gate[:, None, None]
     x_a = x.transpose(2, 3).reshape(samples, 1, tokens * n_b, n_a)
-    g_a = through_b.reshape(samples, k, tokens * n_b, m_a) * scale
-    x_b = through_a.reshape(samples, k, tokens * m_a, n_b) * scale
+    g_a = through_b.reshape(samples, k, m_a, tokens * n_b).mul_(scale).mT
+    x_b = through_a.reshape(samples, tokens * m_a, k, n_b).transpose(1, 2).mul_(scale)
     g_b = g.reshape(samples, 1, tokens * m_a, m_b)
     return (x_a, g_a), (x_b, g_b), of_gate
 
