@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 
 from .texts import DataSelectionError
@@ -16,10 +17,18 @@ from .texts import DataSelectionError
 IGNORED = -100
 # What processors return beside token numbers; a row may bring them ready-made.
 IMAGE_INPUTS = ("pixel_values", "pixel_attention_mask", "image_grid_thw", "image_sizes", "mm_token_type_ids")
-# Dimensions of those that hold, for each row, any number of images or of tiles of one: (1, n, C, H, W), (1, n, H, W).
-TILED = {"pixel_values": 5, "pixel_attention_mask": 4}
+# Of these with so many axes the second counts the images or tiles of a row.
+TILED = {("pixel_values", 5), ("pixel_attention_mask", 4)}
 # The numbers of tokens that stand for an image or its borders, in the config of a model.
-IMAGE_TOKENS = ("image_token_id", "vision_start_token_id", "vision_end_token_id")
+IMAGE_TOKENS = (
+    "image_token_id",
+    "vision_start_token_id",
+    "vision_end_token_id",
+    "boi_token_index",
+    "eoi_token_index",
+)
+# Those that only a processor knows: an image of SmolVLM stands between borders and is cut into named tiles.
+TILE_TOKENS = ("fake_image_token_id", "global_image_token_id", "row_col_ids")
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,11 +39,14 @@ class Encoded:
         input_ids: (T,) int64.
         labels: (T,) int64: the token where it belongs to the answer, else -100.
         images: what the model takes beside tokens, as a processor returns it for a batch of one.
+        compact: tokens and labels of the row with one token for an image, before a processor made many of it; None for
+            a row that came as tokens.
     """
 
     input_ids: torch.Tensor
     labels: torch.Tensor
     images: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    compact: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -54,8 +66,10 @@ def encode(tokenizer: Any, row: Any, where: str, max_length: int | None = None) 
     - `messages`: the turns of the assistant are the answer: what each turn adds to the turns before it.
     - `input_ids`, with `labels`, or with `completion_mask` or `assistant_masks`; without them all is answer.
     - `images` (or `image`) beside any of the first three, where `tokenizer` is a processor: PIL images, paths, or
-      mappings with `bytes` or a `path`, as parquet files hold them; or, beside `input_ids`, what the model takes
-      (`pixel_values`, ...). Where no message says where the images stand, that is before the first turn of the user.
+      mappings with `bytes` or a `path`, as parquet files hold them. The text holds the processor's mark of an image as
+      often as there are images, anywhere but inside an answer, and of a `text` all but images is answer. Where no
+      message says where the images stand, that is before the first turn of the user. Beside `input_ids`, what the
+      model takes (`pixel_values`, ...).
 
     Args:
         tokenizer: a tokenizer, or for rows with images a processor.
@@ -101,15 +115,29 @@ def prompt_tokens(tokenizer: Any, row: Any, where: str) -> list[int]:
 
 
 def without_images(row: Encoded, image_tokens: Sequence[int]) -> Encoded:
-    """The row as a model without eyes reads it: the tokens that stand for images are removed, not blanked."""
-    kept = ~torch.isin(row.input_ids, torch.tensor(list(image_tokens), dtype=torch.int64))
-    return Encoded(row.input_ids[kept], row.labels[kept])
+    """The row as a model without eyes reads it: the tokens that stand for images are removed, not blanked.
+
+    Args:
+        row: any.
+        image_tokens: as of the function. Line breaks between the tiles of an image, which a few processors add, are
+            removed too, but for rows that came as tokens.
+    """
+    ids, labels = row.compact or (row.input_ids, row.labels)
+    kept = ~torch.isin(ids, torch.tensor(list(image_tokens), dtype=torch.int64))
+    return Encoded(ids[kept], labels[kept])
 
 
-def image_tokens(model: Any) -> list[int]:
-    """The numbers of the tokens that stand for an image or its borders in a model."""
-    found = (getattr(model.config, name, None) for name in IMAGE_TOKENS)
-    return [number for number in found if isinstance(number, int)]
+def image_tokens(model: Any, processor: Any = None) -> list[int]:
+    """The numbers of the tokens that stand for an image, its borders or its tiles; none for a model without images."""
+    found = [number for name in IMAGE_TOKENS if isinstance(number := getattr(model.config, name, None), int)]
+    words = getattr(processor, "tokenizer", None)
+    if not found or words is None:
+        return found
+    for name in TILE_TOKENS:
+        numbers = getattr(processor, name, None) or []
+        found += numbers if isinstance(numbers, list) else [numbers]
+    # A processor gives tiles that its tokenizer has no token for the number of the unknown token.
+    return sorted({number for number in found if number not in (None, words.unk_token_id)})
 
 
 def collate(rows: Sequence[Encoded], pad: int) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
@@ -124,12 +152,9 @@ def collate(rows: Sequence[Encoded], pad: int) -> tuple[dict[str, torch.Tensor],
         "attention_mask": torch.stack([_padded(torch.ones_like(row.input_ids), length, 0) for row in rows]),
     }
     for name in dict.fromkeys(name for row in rows for name in row.images):
-        parts = [row.images[name] for row in rows if name in row.images]
-        if parts[0].ndim == TILED.get(name):
-            most = max(part.shape[1] for part in parts)
-            parts = [_with_tiles(part, most) for part in parts]
+        parts = _same_tiles([row.images[name] for row in rows if name in row.images], name)
         if name == "mm_token_type_ids":
-            types = [row.images.get(name, torch.zeros(1, len(row), dtype=torch.int64))[0] for row in rows]
+            types = [row.images.get(name, torch.zeros(len(row), dtype=torch.int64)).flatten() for row in rows]
             inputs[name] = torch.stack([_padded(part, length, 0) for part in types])
         elif len({part.shape[1:] for part in parts}) > 1:
             shapes = sorted({tuple(part.shape) for part in parts})
@@ -139,10 +164,22 @@ def collate(rows: Sequence[Encoded], pad: int) -> tuple[dict[str, torch.Tensor],
     return inputs, torch.stack([_padded(row.labels, length, IGNORED) for row in rows])
 
 
-def _with_tiles(values: torch.Tensor, count: int) -> torch.Tensor:
-    """(b, n, ...) with tiles of zeros up to `count`, as processors fill them up, and the models leave them out."""
-    missing = values.new_zeros(len(values), count - values.shape[1], *values.shape[2:])
-    return torch.cat([values, missing], 1)
+def _same_tiles(parts: list[torch.Tensor], name: str) -> list[torch.Tensor]:
+    """Images or tiles of a row on an axis of its own (SmolVLM, LLaVA-NeXT): rows with fewer get images of zeros, which
+    these models leave out; others as they are."""
+    if (name, parts[0].ndim) not in TILED:
+        return parts
+    most = max(part.shape[1] for part in parts)
+    return [torch.cat([part, part.new_zeros(len(part), most - part.shape[1], *part.shape[2:])], 1) for part in parts]
+
+
+def image_signature(row: Encoded) -> list[tuple[str, tuple[int, ...]]]:
+    """What two rows must share for their images to go in one batch."""
+    shapes = []
+    for name, value in sorted(row.images.items()):
+        if name != "mm_token_type_ids":
+            shapes.append((name, tuple(value.shape[2 if (name, value.ndim) in TILED else 1 :])))
+    return shapes
 
 
 def _padded(values: torch.Tensor, length: int, filler: int) -> torch.Tensor:
@@ -181,9 +218,13 @@ def _from_text(tokenizer: Any, row: Mapping[str, Any], where: str) -> Encoded:
         start = _shared(words(before, add_special_tokens=special)["input_ids"], tokens) if before else 0
         end = len(tokens) if upto == whole else _shared(words(upto, add_special_tokens=special)["input_ids"], tokens)
         labels[start:end] = tokens[start:end]
-    ids = torch.tensor(tokens, dtype=torch.int64)
+    image = getattr(tokenizer, "image_token_id", None)
     if not images:
-        return Encoded(ids, torch.tensor(labels, dtype=torch.int64))
+        if image is not None and image in tokens:
+            raise DataSelectionError(f"{where}: the text has a place for an image, and 'images' is empty; fill it")
+        return Encoded(torch.tensor(tokens, dtype=torch.int64), torch.tensor(labels, dtype=torch.int64))
+    if isinstance(row.get("text"), str):  # all of it is read as answer, but for the images
+        labels = [IGNORED if token == image else label for token, label in zip(tokens, labels, strict=True)]
     return _with_images(tokenizer, whole, images, special, tokens, labels, where)
 
 
@@ -237,21 +278,35 @@ def _parts_of(message: Mapping[str, Any]) -> dict[str, Any]:
 def _with_images(
     processor: Any, whole: str, images: Sequence[Any], special: bool, tokens: list[int], labels: list[int], where: str
 ) -> Encoded:
-    """Images grow to many tokens in front of the answer, so the answer is counted from the end."""
+    """Each image grows to many tokens, and the answers behind it move on by as many."""
+
+    def processed(text: str, shown: Sequence[Any], special: bool) -> Any:
+        try:
+            return processor(text=[text], images=list(shown), add_special_tokens=special, return_tensors="pt")
+        except Exception as error:  # processors raise what they like where texts and images do not match
+            raise DataSelectionError(f"{where}: the processor refuses the row with its images: {error}") from error
+
     opened = [open_image(image, where) for image in images]
-    try:
-        batch = processor(text=[whole], images=opened, add_special_tokens=special, return_tensors="pt")
-    except ValueError as error:  # more images than places for them in the text, or fewer
-        raise DataSelectionError(f"{where}: {' '.join(str(error).split())}") from error
+    batch = processed(whole, opened, special)
     ids = batch["input_ids"][0]
-    first = next((i for i, label in enumerate(labels) if label != IGNORED), len(labels))
-    tail = len(tokens) - first
-    if len(ids) < tail or ids[len(ids) - tail :].tolist() != tokens[first:]:
-        raise DataSelectionError(f"{where}: an image stands after the start of the answer; images must come before it")
-    grown = torch.full_like(ids, IGNORED)
-    if tail:
-        grown[-tail:] = torch.tensor(labels[first:], dtype=torch.int64)
-    return Encoded(ids, grown, {name: batch[name] for name in IMAGE_INPUTS if name in batch})
+    answers = [i for i, label in enumerate(labels) if label != IGNORED]
+    places = [i for i, token in enumerate(tokens) if token == processor.image_token_id]
+    if any(labels[place] != IGNORED for place in places):
+        raise DataSelectionError(f"{where}: an image stands inside an answer; images must come before it")
+    moved = np.full(len(answers), len(ids) - len(tokens))
+    if answers and len(places) == len(images) and places[-1] > answers[0]:
+        alone = (processed(processor.image_token, [image], False) for image in opened)
+        grown = [len(one["input_ids"][0]) - 1 for one in alone]
+        moved = np.array([sum(by for place, by in zip(places, grown, strict=True) if place < i) for i in answers])
+    targets = torch.from_numpy(np.array(answers, np.int64) + moved)
+    wanted = torch.tensor([labels[i] for i in answers], dtype=torch.int64)
+    inside = bool(((targets >= 0) & (targets < len(ids))).all())
+    if not inside or not torch.equal(ids[targets], wanted):
+        raise DataSelectionError(f"{where}: the answer cannot be found behind its images; images must come before it")
+    moved_labels = torch.full_like(ids, IGNORED)
+    moved_labels[targets] = wanted
+    compact = (torch.tensor(tokens, dtype=torch.int64), torch.tensor(labels, dtype=torch.int64))
+    return Encoded(ids, moved_labels, {name: batch[name] for name in IMAGE_INPUTS if name in batch}, compact)
 
 
 def _whole_and_spans(

@@ -9,6 +9,7 @@ Source of the sample vectors: arXiv 2410.10636, after LESS (arXiv 2402.04333), w
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from math import prod
 from typing import Any, Literal, cast
 
 import torch
@@ -19,13 +20,15 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..adapters.base import keep_trainable_layout
 from ..adapters.layer import MokaLayer
-from .per_sample import CountSketch, kron_gradients, linear_gradient, softmax_gradient
+from .per_sample import kron_sides, linear_gradient, softmax_gradient
+from .projections import CountSketch, FactorProjection, Shape
 from .scores import answer_logits, answer_places
 from .texts import DataSelectionError
 
 Layers = Literal["last", "all"] | Sequence[int]
-# Takes the position of a parameter in the plan and its gradients (B, n).
-Sink = Callable[[int, torch.Tensor], None]
+# Takes the position of a parameter in the plan, and x (B, k or 1, T, n) and g (B, k or 1, T, m), both float32, whose
+# outer products over t add up to its gradients (B, k, m, n).
+Sink = Callable[[int, torch.Tensor, torch.Tensor], None]
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,16 +38,21 @@ class Plan:
     Args:
         layers: the decoder layers, increasing.
         names: of the parameters, in the order of the model's `named_parameters`.
-        sizes: how many numbers each has; a gradient is the parameters' one after the other.
+        shapes: (k, m, n) of each, k matrices; a gradient is the parameters' one after the other.
         modules: the adapted layers and the place of each of their parameters in `names`, by the name within the layer.
         adapter: the active adapter.
     """
 
     layers: tuple[int, ...]
     names: tuple[str, ...]
-    sizes: tuple[int, ...]
+    shapes: tuple[Shape, ...]
     modules: tuple[tuple[BaseTunerLayer, Mapping[str, int]], ...]
     adapter: str
+
+    @property
+    def sizes(self) -> list[int]:
+        """How many numbers each parameter has."""
+        return [prod(shape) for shape in self.shapes]
 
     @property
     def starts(self) -> list[int]:
@@ -76,7 +84,7 @@ def plan_gradients(model: Any, layers: Layers) -> Plan:
     held = {i: _adapted(block, adapter) for i, block in enumerate(stack)}
     numbers = _layer_numbers(layers, [i for i, modules in held.items() if modules], len(stack))
     modules = {id(module) for i in numbers for module in held[i]}
-    names, sizes, chosen = list[str](), list[int](), list[tuple[BaseTunerLayer, dict[str, int]]]()
+    names, shapes, chosen = list[str](), list[Shape](), list[tuple[BaseTunerLayer, dict[str, int]]]()
     for name, module in model.named_modules():
         if id(module) not in modules:
             continue
@@ -85,10 +93,10 @@ def plan_gradients(model: Any, layers: Layers) -> Plan:
             if _is_of_adapter(inner, adapter):
                 places[inner] = len(names)
                 names.append(f"{name}.{inner}")
-                sizes.append(parameter.numel())
+                shapes.append(_as_matrices(parameter))
         chosen.append((module, places))
     _check_factors(chosen, adapter, names)
-    return Plan(tuple(numbers), tuple(names), tuple(sizes), tuple(chosen), adapter)
+    return Plan(tuple(numbers), tuple(names), tuple(shapes), tuple(chosen), adapter)
 
 
 def _active_adapter(model: Any) -> str:
@@ -157,6 +165,12 @@ def _is_of_adapter(parameter: str, adapter: str) -> bool:
     """Whether a parameter's name within its layer is of an adapter: `lora_A.NAME.weight`, `moka_gate.NAME.logits`."""
     kind, _, rest = parameter.partition(".")
     return kind.startswith(("lora_", "moka_")) and (rest == adapter or rest.startswith(f"{adapter}."))
+
+
+def _as_matrices(parameter: torch.Tensor) -> Shape:
+    """(k, m, n): one matrix for LoRA, a stack of them for MoKA, a column for the gates' logits."""
+    *stack, m, n = (*parameter.shape, 1) if parameter.ndim == 1 else parameter.shape
+    return prod(stack), m, n
 
 
 def _check_factors(chosen: Sequence[tuple[BaseTunerLayer, Mapping[str, int]]], adapter: str, names: list[str]) -> None:
@@ -247,7 +261,7 @@ class _Tap(torch.autograd.Function):
 
 @contextmanager
 def tapped(plan: Plan, samples: int, sink: Sink) -> Iterator[None]:
-    """Within the block, a backward pass gives `sink` the gradients (B, n) float32 of every parameter of the plan."""
+    """Within the block, a backward pass gives `sink` the gradients of every parameter of the plan."""
     with ExitStack() as hooks:
         for module, places in plan.modules:
             if isinstance(module, MokaLayer):
@@ -277,7 +291,7 @@ def _tap(module: nn.Module, samples: int, record: Callable[[torch.Tensor, torch.
 
 def _linear_record(place: int, sink: Sink) -> Callable[[torch.Tensor, torch.Tensor], None]:
     def record(x: torch.Tensor, g: torch.Tensor) -> None:
-        sink(place, linear_gradient(x.float(), g.float()).flatten(1))
+        sink(place, x.float()[:, None], g.float()[:, None])
 
     return record
 
@@ -290,16 +304,17 @@ def _moka_record(
         gates = module.mixture_weights(adapter)
         of_gates, x, g = [], x.float(), g.float()
         for i, (a_k, b_k, gate) in enumerate(zip(a, b, gates.split(module.moka_counts[adapter]), strict=True)):
-            of_a, of_b, of_gate = kron_gradients(x, g, a_k.float(), b_k.float(), gate)
+            of_a, of_b, of_gate = kron_sides(x, g, a_k.float(), b_k.float(), gate)
             of_gates.append(of_gate)
-            for name, grad in ((f"moka_A.{adapter}.{i}", of_a), (f"moka_B.{adapter}.{i}", of_b)):
+            for name, sides in ((f"moka_A.{adapter}.{i}", of_a), (f"moka_B.{adapter}.{i}", of_b)):
                 if name in places:
-                    sink(places[name], grad.flatten(1))
+                    sink(places[name], *sides)
         logits = f"moka_gate.{adapter}.logits"
         if logits in places:
             weights = module.moka_gate[adapter](g.device)
             scale = module.moka_scale[adapter] * module.moka_alpha[adapter]
-            sink(places[logits], softmax_gradient(weights, torch.cat(of_gates, dim=1) * scale))
+            of_logits = softmax_gradient(weights, torch.cat(of_gates, dim=1) * scale)
+            sink(places[logits], torch.ones_like(of_logits[:, :1, None, None]), of_logits[:, None, None])
 
     return record
 
@@ -318,7 +333,7 @@ def take_gradients(
     plan: Plan,
     inputs: Mapping[str, torch.Tensor],
     labels: torch.Tensor,
-    sketch: CountSketch | None = None,
+    projection: CountSketch | FactorProjection | None = None,
 ) -> Taken:
     """The gradient of each sample's mean answer NLL, within `scoring_mode`; zero for a sample without an answer.
 
@@ -327,28 +342,32 @@ def take_gradients(
         plan: the parameters.
         inputs: the model's inputs for a batch.
         labels: (B, T), -100 outside the answers.
-        sketch: the projection, or None for whole gradients. With it no whole gradient is ever held, only the gradients
-            of one parameter at a time.
+        projection: None for whole gradients. With one no whole gradient is ever held, only the gradients of one
+            parameter at a time.
 
     Raises:
         DataSelectionError: a gradient is not finite, or a layer is used twice.
     """
     places, targets, owner = answer_places(labels)
     samples, starts = len(labels), plan.starts
-    vectors = torch.zeros(samples, plan.size if sketch is None else sketch.size, device=labels.device)
+    vectors = torch.zeros(samples, plan.size if projection is None else projection.size, device=labels.device)
     squares = torch.zeros(samples, device=labels.device)
     seen = set[int]()
 
-    def sink(place: int, grads: torch.Tensor) -> None:
+    def sink(place: int, x: torch.Tensor, g: torch.Tensor) -> None:
         if place in seen:
             raise DataSelectionError(f"{plan.names[place]} is used twice in one forward pass; leave out shared layers")
         seen.add(place)
-        grads = grads.to(vectors.device)
+        x, g = x.to(vectors.device), g.to(vectors.device)
+        if isinstance(projection, FactorProjection):
+            squares.add_(projection.put(vectors, place, x, g))
+            return
+        grads = linear_gradient(x, g).flatten(1)
         squares.add_(grads.square().sum(1))
-        if sketch is None:
-            vectors[:, starts[place] : starts[place] + plan.sizes[place]] = grads
+        if projection is None:
+            vectors[:, starts[place] : starts[place] + grads.shape[1]] = grads
         else:
-            sketch.add(vectors, grads, starts[place])
+            projection.add(vectors, grads, starts[place])
 
     with torch.enable_grad(), tapped(plan, samples, sink):
         logits = answer_logits(model, inputs, places)

@@ -65,11 +65,15 @@ def _add(digest: Any, name: str, parameter: torch.Tensor, sample: int | None) ->
 
 
 def template_identity(tokenizer: Any) -> str:
-    """A hash of how rows become tokens: the chat template and the tokens of a probe text."""
+    """A hash of how rows become tokens and pixels: the chat template, the tokens of a probe text, and the settings of a
+    processor's images."""
     words = getattr(tokenizer, "tokenizer", tokenizer)
     probe = words("The 12 quick-brown foxes\n\tsaid: \u00fcber!")["input_ids"]
     template = getattr(tokenizer, "chat_template", None)
     content = json.dumps([template, probe, len(words), words.eos_token], sort_keys=True, default=_plain)
+    pixels = getattr(tokenizer, "image_processor", None)
+    if pixels is not None:
+        content += pixels.to_json_string()
     return hashlib.sha256(content.encode()).hexdigest()[:16]
 
 

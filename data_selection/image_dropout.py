@@ -36,7 +36,7 @@ class ImageDropCollator:
     def __init__(self, model: Any, processor: Any, drop: float = 0.5, max_length: int | None = None) -> None:
         if not 0.0 <= drop <= 1.0:
             raise DataSelectionError(f"drop={drop!r}: must be from 0 to 1; a half is what identifies image grounding")
-        self.tokens = image_tokens(model)
+        self.tokens = image_tokens(model, processor)
         if not self.tokens:
             raise DataSelectionError(f"a {type(model).__name__} whose config has no image_token_id takes no images")
         self.processor, self.drop, self.max_length = processor, drop, max_length

@@ -2,7 +2,8 @@
 
 Whether a token matters can be asked by masking it, if the model was trained on masked inputs: else what is measured may
 be its surprise. `HalfMaskCollator` masks half of each batch; `faithfulness_curve` masks the most important tokens first
-and compares with random ones.
+and compares with random ones; `in_distribution.InDistributionTest` says whether the masked rows are still of the kind
+that the model was trained on, without which the curve means little.
 
 Source: arXiv 2310.07819 ("faithfulness measurable masked language models").
 """
@@ -63,14 +64,19 @@ class HalfMaskCollator:
             rate = self.random.uniform(0.0, self.most)
             hit = (self.random.random(len(rows[i])) < rate) & maskable(self.tokenizer, rows[i])
             rows[i] = np.where(hit, self.mask, rows[i])
-        length = max(map(len, rows))
-        pad = self.tokenizer.pad_token_id or 0
-        batch = {
-            "input_ids": torch.tensor(np.stack([np.pad(r, (0, length - len(r)), constant_values=pad) for r in rows])),
-            "attention_mask": torch.tensor([[1] * len(r) + [0] * (length - len(r)) for r in rows]),
-        }
+        batch = padded(rows, self.tokenizer)
         labels = [feature.get("labels", feature.get("label")) for feature in features]
         return batch if labels[0] is None else {**batch, "labels": torch.tensor(labels)}
+
+
+def padded(rows: Sequence[Ids], tokenizer: Any) -> dict[str, torch.Tensor]:
+    """A batch of rows, padded on the right: `input_ids` and `attention_mask`, (B, T) each."""
+    length = max(map(len, rows))
+    pad = tokenizer.pad_token_id or 0
+    return {
+        "input_ids": torch.tensor(np.stack([np.pad(r, (0, length - len(r)), constant_values=pad) for r in rows])),
+        "attention_mask": torch.tensor([[1] * len(r) + [0] * (length - len(r)) for r in rows]),
+    }
 
 
 def mask_token(tokenizer: Any) -> int:

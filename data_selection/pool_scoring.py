@@ -15,10 +15,10 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from .encoding import Encoded, collate, encode, image_tokens, without_images
+from .encoding import Encoded, collate, encode, image_signature, image_tokens, without_images
 from .gradients import Layers, Plan, plan_gradients, scoring_mode, take_gradients
 from .identity import store_identity
-from .per_sample import CountSketch
+from .projections import CountSketch, FactorProjection, Projection, projected_size, projection_key, projector
 from .scores import MemberMeans, answer_logits, answer_places, sample_means, token_scores
 from .selection import MAX_SEED, checked_int
 from .store import NORM, Store
@@ -35,7 +35,7 @@ def score_samples(
     dataset: TextSource,
     scores: Sequence[str] = ("nll", "el2n", "entropy"),
     gradients: Layers | None = "last",
-    projection: int | None = 1024,
+    projection: Projection = 1024,
     *,
     out_dir: str | os.PathLike[str],
     batch_size: int = 8,
@@ -55,7 +55,8 @@ def score_samples(
             without), "epistemic" (mutual information between answer and member; its reverse comes along as
             "epistemic_reverse"). All in nats but "ppl", "el2n" and "grand".
         gradients: "last", "all" or numbers: the decoder layers whose adapter gradients are taken; None for none.
-        projection: length of the stored vectors, by a seeded count-sketch; None keeps gradients whole.
+        projection: length of the stored vectors, by a seeded count-sketch; `projections.Factorised(side)` projects
+            both factors of each parameter's gradient instead; None keeps gradients whole.
         out_dir: the folder of the store. One that was made with the same arguments is completed.
         batch_size: rows a batch.
         max_length: tokens of a row that are read, from the start; None for all.
@@ -74,19 +75,18 @@ def score_samples(
     names = _checked_scores(scores, gradients, members, model)
     checked_int(batch_size, "batch_size", 1, 2**20, "8 does on a CPU")
     checked_int(seed, "seed", 0, MAX_SEED, "any such number does")
-    if projection is not None:
-        checked_int(projection, "projection", 1, 2**31, "1024 keeps cosines to about 0.03; None keeps whole gradients")
+    projected = projection_key(projection)
     if max_length is not None:
         checked_int(max_length, "max_length", 2, 2**40, "None reads all tokens")
     part_of_rows = part_of_launch(part)
     rows = pool_of(dataset)
     plan = None if gradients is None else plan_gradients(model, gradients)
-    width = 0 if plan is None else plan.size if projection is None else projection
+    width = 0 if plan is None else projected_size(projection, plan.shapes)
     used = {*active_adapters(model), *(members if isinstance(members, (list, tuple)) else ())}
     key = {
         **store_identity(model, tokenizer, rows, sorted(used)),
         "layers": None if plan is None else list(plan.layers),
-        "projection": None if plan is None or projection is None else {"kind": "count_sketch", "size": projection},
+        "projection": None if plan is None else projected,
         "batch_size": batch_size,
         "max_length": max_length,
         "members": members,
@@ -96,10 +96,8 @@ def score_samples(
     store = Store.prepare(out_dir, key, len(rows), columns, width)
     if not store.complete:
         device = next(model.parameters()).device
-        sketch = None
-        if plan is not None and projection is not None:
-            sketch = CountSketch(plan.size, projection, seed, device)
-        job = _Job(model, tokenizer, columns, plan, sketch, members, seed, device)
+        used_projector = None if plan is None else projector(projection, plan.shapes, seed, device)
+        job = _Job(model, tokenizer, columns, plan, used_projector, members, seed, device)
         with scoring_mode(model):
             for places, batch in batches_to_do(rows, tokenizer, store, batch_size, max_length, part_of_rows):
                 found, vectors = job.score(places, batch)
@@ -118,7 +116,7 @@ class _Job:
     tokenizer: Any
     columns: list[str]
     plan: Plan | None
-    sketch: CountSketch | None
+    projector: CountSketch | FactorProjection | None
     members: Sequence[str] | int | None
     seed: int
     device: torch.device
@@ -129,7 +127,7 @@ class _Job:
         """Columns (n,) and vectors (n, width) of a batch; `places` are its rows' numbers in the pool."""
         found = {name: np.full(len(batch), np.nan) for name in self.columns}
         if not any(row.answers for row in batch):
-            width = 0 if self.plan is None else self.sketch.size if self.sketch else self.plan.size
+            width = 0 if self.plan is None else self.projector.size if self.projector else self.plan.size
             return found, np.zeros((len(batch), width), np.float32) if self.plan else None
         inputs, labels = self._tensors(batch)
         where, targets, owner = answer_places(labels)
@@ -138,7 +136,7 @@ class _Job:
             with torch.no_grad():
                 logits = answer_logits(self.model, inputs, where)
         else:
-            taken = take_gradients(self.model, self.plan, inputs, labels, self.sketch)
+            taken = take_gradients(self.model, self.plan, inputs, labels, self.projector)
             logits, vectors = taken.logits, self._stored(taken.vectors)
             norms = taken.norms.double().cpu().numpy()
             found[NORM] = np.where([row.answers > 0 for row in batch], norms, np.nan)
@@ -148,7 +146,7 @@ class _Job:
             found["ppl"] = np.exp(found["nll"])
             found["grand"] = found.get(NORM, np.full(len(batch), np.nan))
             if "log_ig" in self.columns:
-                found["log_ig"] = self._nll_without_images(batch, found["nll"]) - found["nll"]
+                found["log_ig"] = self._grounding(batch, tokens["nll"], targets, owner)
             if "epistemic" in self.columns:
                 mutual, reverse = self._epistemic(places, inputs, where)
                 found["epistemic"] = sample_means(mutual, owner, len(batch))
@@ -161,21 +159,33 @@ class _Job:
         return {name: value.to(self.device) for name, value in inputs.items()}, labels.to(self.device)
 
     def _stored(self, vectors: torch.Tensor) -> NDArray[Any]:
-        if self.sketch is None:
+        if self.projector is None:
             return vectors.cpu().numpy()
         return nn.functional.normalize(vectors, dim=1, eps=1e-30).half().cpu().numpy()
 
-    def _nll_without_images(self, batch: Sequence[Encoded], nll: NDArray[np.float64]) -> NDArray[np.float64]:
+    def _grounding(
+        self, batch: Sequence[Encoded], nll: torch.Tensor, targets: torch.Tensor, owner: torch.Tensor
+    ) -> NDArray[np.float64]:
+        """(n,) the mean NLL without images minus that with them; nll, targets and owner (A,) of the batch with images.
+
+        Both means are over the tokens that both rows predict: an answer that only an image stands before loses its
+        first token with it, and of a caption the borders of its images are answer tokens of one row alone.
+        """
+        found = np.where([row.answers > 0 for row in batch], 0.0, np.nan)
         blind = [i for i, row in enumerate(batch) if row.images]
         if not blind:
-            return nll
-        removed = image_tokens(self.model)
-        inputs, labels = self._tensors([without_images(batch[i], removed) for i in blind])
-        where, targets, owner = answer_places(labels)
-        tokens = token_scores(answer_logits(self.model, inputs, where), targets)
-        nll = nll.copy()
-        nll[blind] = sample_means(tokens["nll"], owner, len(blind))
-        return nll
+            return found
+        removed = image_tokens(self.model, self.tokenizer)
+        rows = [without_images(batch[i], removed) for i in blind]
+        inputs, labels = self._tensors(rows)
+        where, targets_blind, owner_blind = answer_places(labels)
+        tokens = token_scores(answer_logits(self.model, inputs, where), targets_blind)
+        found[blind] = sample_means(tokens["nll"], owner_blind, len(blind))
+        words = ~torch.isin(targets, torch.tensor(removed, device=targets.device))
+        for i, row in zip(blind, rows, strict=True):
+            own = nll[(owner == i) & words]
+            found[i] -= own[len(own) - row.answers :].double().mean().item()
+        return found
 
     def _epistemic(
         self, places: Sequence[int], inputs: dict[str, torch.Tensor], where: torch.Tensor
@@ -221,9 +231,9 @@ def batches_to_do(
         if done[start:stop].all():
             continue
         encoded = [encode(tokenizer, rows[i], f"row {i}", max_length) for i in range(start, stop)]
-        shapes = [sorted((name, tuple(value.shape[1:])) for name, value in row.images.items()) for row in encoded]
+        shapes = [repr(image_signature(row)) for row in encoded]
         # Rows whose images fit in one tensor stand together, then rows of like length.
-        order = sorted(range(len(encoded)), key=lambda i: (_signature(shapes[i]), len(encoded[i]), i))
+        order = sorted(range(len(encoded)), key=lambda i: (shapes[i], len(encoded[i]), i))
         batches = [list(batch) for batch in _cut(order, shapes, batch_size)]
         for number, batch in enumerate(batches):
             places = [start + i for i in batch]
@@ -231,14 +241,10 @@ def batches_to_do(
                 yield places, [encoded[i] for i in batch]
 
 
-def _signature(shapes: Any) -> str:
-    return repr([entry for entry in shapes if entry[0] != "mm_token_type_ids"])
-
-
-def _cut(order: list[int], shapes: list[Any], size: int) -> Iterator[list[int]]:
+def _cut(order: list[int], shapes: list[str], size: int) -> Iterator[list[int]]:
     batch: list[int] = []
     for i in order:
-        if batch and (len(batch) == size or _signature(shapes[i]) != _signature(shapes[batch[0]])):
+        if batch and (len(batch) == size or shapes[i] != shapes[batch[0]]):
             yield batch
             batch = []
         batch.append(i)

@@ -23,8 +23,8 @@ from torch import nn
 from .encoding import IGNORED, Encoded, collate, prompt_tokens
 from .gradients import Layers, Plan, plan_gradients, scoring_mode, take_gradients
 from .identity import store_identity
-from .per_sample import CountSketch
 from .pool_scoring import active_adapters, part_of_launch, pool_of
+from .projections import CountSketch, FactorProjection, Projection, projected_size, projection_key, projector
 from .selection import MAX_SEED, checked_int
 from .store import NORM, Store
 from .texts import DataSelectionError, TextSource
@@ -44,7 +44,7 @@ def reward_gradients(
     samples: int = 16,
     max_new_tokens: int = 64,
     gradients: Layers = "last",
-    projection: int | None = 1024,
+    projection: Projection = 1024,
     batch_size: int = 8,
     seed: int = 0,
     part: tuple[int, int] | None = None,
@@ -82,15 +82,16 @@ def reward_gradients(
     key = {
         **store_identity(model, tokenizer, rows, active_adapters(model)),
         "layers": list(plan.layers),
-        "projection": None if projection is None else {"kind": "count_sketch", "size": projection},
+        "projection": projection_key(projection),
         "reward": name,
         "samples": samples,
         "max_new_tokens": max_new_tokens,
         "seed": seed,
     }
-    store = Store.prepare(out_dir, key, len(rows), ["reward", "reward_spread", NORM], projection or plan.size)
+    width = projected_size(projection, plan.shapes)
+    store = Store.prepare(out_dir, key, len(rows), ["reward", "reward_spread", NORM], width)
     device = next(model.parameters()).device
-    sketch = None if projection is None else CountSketch(plan.size, projection, seed, device)
+    projected = projector(projection, plan.shapes, seed, device)
     done = store.done
     with scoring_mode(model):
         for place in range(part_i, len(rows), parts):
@@ -100,9 +101,9 @@ def reward_gradients(
                 model, tokenizer, rows[place], f"row {place}", samples, max_new_tokens, seed + place
             )
             rewards = _rewards(reward, rows[place], answers, tokenizer, f"row {place}")
-            vector = policy_gradient(model, plan, answers, advantages(rewards), batch_size, tokenizer, sketch)
+            vector = policy_gradient(model, plan, answers, advantages(rewards), batch_size, tokenizer, projected)
             norm = vector.norm()
-            stored = vector if sketch is None else nn.functional.normalize(vector, dim=0, eps=1e-30)
+            stored = vector if projected is None else nn.functional.normalize(vector, dim=0, eps=1e-30)
             scores = np.array([[rewards.mean(), rewards.std(), norm.item()]])
             store.write([place], scores, stored.cpu().numpy()[None])
     if part is None and torch.distributed.is_available() and torch.distributed.is_initialized():
@@ -167,17 +168,17 @@ def policy_gradient(
     weights: np.ndarray,
     batch_size: int,
     tokenizer: Any,
-    sketch: CountSketch | None,
+    projection: CountSketch | FactorProjection | None,
 ) -> torch.Tensor:
-    """-(1 / n) sum_i weight_i grad log p(y_i | x), within `scoring_mode`: (d,) float32, or (size of the sketch,)."""
+    """-(1 / n) sum_i weight_i grad log p(y_i | x), within `scoring_mode`: (d or size of the projection,)."""
     device = next(model.parameters()).device
-    total = torch.zeros(plan.size if sketch is None else sketch.size, device=device)
+    total = torch.zeros(plan.size if projection is None else projection.size, device=device)
     chosen = [i for i in range(len(answers)) if weights[i]]
     for first in range(0, len(chosen), batch_size):
         places = chosen[first : first + batch_size]
         inputs, labels = collate([answers[i] for i in places], tokenizer.pad_token_id or 0)
         inputs = {key: value.to(device) for key, value in inputs.items()}
-        vectors = take_gradients(model, plan, inputs, labels.to(device), sketch).vectors
+        vectors = take_gradients(model, plan, inputs, labels.to(device), projection).vectors
         # Of the mean NLL of an answer's tokens; its sum is as many times that as there are tokens.
         scales = torch.tensor([weights[i] * answers[i].answers for i in places], dtype=torch.float32, device=device)
         total += scales @ vectors

@@ -1,11 +1,13 @@
 """What is wrong with a select stage of method adapt_inf."""
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
 from .data_faults import Found, source_faults, tried
 from .schema import AdaptInfSelect, Recipe, Sft
-from .select_adapt_inf import adapt_inf
+from .select_adapt_inf import adapt_inf, adapter_section
+from .targets import ConfigError, meta_model
 
 
 def adapt_inf_order(recipe: Recipe, number: int) -> Iterator[tuple[tuple[str | int, ...], str]]:
@@ -28,6 +30,7 @@ def adapt_inf_order(recipe: Recipe, number: int) -> Iterator[tuple[tuple[str | i
         yield ("datasets" if both else "stage",), what
     if stage.adapter is not None and stage.adapter_from is not None:
         yield ("adapter_from",), "'adapter' is warmed up and 'adapter_from' is trained already; give one of them"
+    yield from _score_order(stage)
     if stage.datasets is None:
         if stage.keep is not None:
             yield ("keep",), "'keep' prunes the pool between datasets, and there is one pool; leave it out"
@@ -45,6 +48,68 @@ def adapt_inf_order(recipe: Recipe, number: int) -> Iterator[tuple[tuple[str | i
         yield ("datasets",), "over datasets the sft stage comes after this one"
 
 
+def _score_order(stage: AdaptInfSelect) -> Iterator[tuple[tuple[str | int, ...], str]]:
+    """Scores that cannot be had with what the stage says."""
+    if "log_ig" in stage.scores:
+        yield (
+            ("scores", stage.scores.index("log_ig")),
+            "the score 'log_ig' compares answers with and without their images, and the rows of a recipe are text; "
+            "leave it out, or score rows with images by krontune.data_selection.score_samples",
+        )
+    if "epistemic" in stage.scores and stage.members is None:
+        yield (
+            ("scores", stage.scores.index("epistemic")),
+            "the score 'epistemic' compares members of an ensemble, and there are none; give members: a number of "
+            "dropout masks, or folders with trained adapters",
+        )
+    if stage.members is not None and "epistemic" not in stage.scores:
+        yield (
+            ("members",),
+            f"'members' are compared by the score 'epistemic', which is not among {stage.scores}; add it",
+        )
+    if isinstance(stage.members, list) and stage.datasets is not None:
+        yield (
+            ("members",),
+            "over datasets the adapter changes with each, and adapters in 'members' do not; give a number of dropout "
+            "masks",
+        )
+
+
+def _member_faults(recipe: Recipe, stage: AdaptInfSelect) -> Found:
+    if isinstance(stage.members, list):
+        for place, folder in enumerate(stage.members):
+            if not (Path(folder) / "adapter_config.json").is_file():
+                yield ("members", place), f"{folder!r} is no folder with an adapter: it has no adapter_config.json"
+    elif stage.members is not None and not _has_dropout(recipe, stage):
+        yield (
+            ("members",),
+            f"{stage.members} dropout masks need a dropout, and neither the adapter that scores nor the base has one; "
+            "set dropout of the adapter, or give folders with trained adapters",
+        )
+
+
+def _has_dropout(recipe: Recipe, stage: AdaptInfSelect) -> bool:
+    """Whether the adapter that scores, or the base, drops anything; true where that is not known."""
+    from torch import nn
+
+    before = [other for other in recipe.stages[: recipe.stages.index(stage)] if isinstance(other, Sft)]
+    if stage.adapter_from is not None:
+        try:
+            settings = json.loads((Path(stage.adapter_from) / "adapter_config.json").read_bytes())
+        except (OSError, ValueError):  # said of adapter_from
+            return True
+        own = settings.get("dropout") or settings.get("lora_dropout")
+    else:
+        own = (before[-1].adapter if before else adapter_section(recipe, stage)).dropout
+    if own:
+        return True
+    try:
+        model = meta_model(recipe.base)
+    except ConfigError:  # said of the base
+        return True
+    return model is None or any(isinstance(module, nn.Dropout) and module.p > 0 for module in model.modules())
+
+
 def adapt_inf_faults(recipe: Recipe, stage: AdaptInfSelect) -> Found:
     """Data that cannot be read, settings that the method refuses, and more picks than there are rows."""
     from .preflight import adapter_faults
@@ -52,12 +117,13 @@ def adapt_inf_faults(recipe: Recipe, stage: AdaptInfSelect) -> Found:
     yield from tried((), lambda: adapt_inf(stage), tuple(AdaptInfSelect.model_fields))
     if stage.shares == "spread" and "el2n" not in stage.scores:
         yield ("shares",), "shares: spread goes by the score el2n, which scores lacks"
-    if stage.selector in ("nll", "ppl", "el2n", "grand") and stage.selector not in stage.scores:
+    if stage.selector in ("nll", "ppl", "el2n", "grand", "epistemic") and stage.selector not in stage.scores:
         yield ("selector",), f"the selector {stage.selector!r} is not among the scores {stage.scores}; add it"
     if stage.adapter is not None:
         yield from adapter_faults(recipe, stage.adapter)
     if stage.adapter_from is not None and not (Path(stage.adapter_from) / "adapter_config.json").is_file():
         yield ("adapter_from",), f"{stage.adapter_from!r} is no folder with an adapter: it has no adapter_config.json"
+    yield from _member_faults(recipe, stage)
     if stage.raw is not None:
         pool = yield from source_faults(("raw",), stage.raw)
         yield from _too_many(stage, pool.rows, "the pool")

@@ -68,6 +68,8 @@ def _files(recipe: Recipe, step: Step) -> Iterator[Path]:
         yield from _paths([*pool_sources(stage), *(one for skill in stage.datasets or [] for one in skill.test or [])])
         if stage.adapter_from is not None:
             yield from sorted(Path(stage.adapter_from).glob("adapter_*"))
+        for member in stage.members if isinstance(stage.members, list) else ():
+            yield from sorted(Path(member).glob("adapter_*"))
     elif isinstance(stage, Select):
         sources = [*stage.raw, *(stage.target or []), *(one for some in (stage.targets or {}).values() for one in some)]
         if stage.duplicates is not None:

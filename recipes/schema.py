@@ -316,6 +316,19 @@ class WarmUp(Section):
     learning_rate: float = Field(default=1e-3, gt=0)
 
 
+class Factors(Section):
+    """The factorised projection, for the gradients of all layers."""
+
+    side: int = Field(default=16, ge=1)
+    """Numbers that a row and a column of each matrix's gradient are brought down to."""
+
+
+Projected = Annotated[
+    Annotated[int, Field(ge=1), Tag("size")] | Annotated[Factors, Tag("factors")],
+    Discriminator(lambda value: "factors" if isinstance(value, (dict, Factors)) else "size"),
+]
+
+
 class Skill(Section):
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     """Names the data set in folders and reports."""
@@ -342,12 +355,14 @@ class AdaptInfSelect(Section):
     """Rows held back of one of the datasets that has no test."""
     clusters: Annotated[int, Field(ge=1)] | Literal["auto"] = AdaptInf.clusters
     """How many skills to look for; auto: the knee of the sum of squared distances."""
-    selector: Literal["entropy", "mixed", "random", "nll", "ppl", "el2n", "grand"] = "entropy"
+    selector: Literal["entropy", "mixed", "random", "nll", "ppl", "el2n", "grand", "epistemic"] = "entropy"
     """The score of highest histogram entropy, cluster by cluster; the mean rank over all scores; none; or one score."""
-    scores: list[Literal["nll", "ppl", "el2n", "entropy", "grand"]] = Field(
+    scores: list[Literal["nll", "ppl", "el2n", "entropy", "grand", "log_ig", "epistemic"]] = Field(
         default=["nll", "el2n", "entropy"], min_length=1
     )
-    """To compute and to choose among, see docs/adapt_inf.md."""
+    """To compute and to choose among, see docs/adapt_inf.md. log_ig needs rows with images, which recipes lack."""
+    members: Annotated[int, Field(ge=2)] | Annotated[list[str], Field(min_length=2)] | None = None
+    """Of the score epistemic: how many dropout masks are drawn, or two or more folders with trained adapters."""
     shares: Literal["equal", "spread", "density"] = AdaptInf.shares
     """Of k that a cluster gets: equal, by the deviation of el2n, or by distances between and within clusters."""
     bins: int = Field(default=AdaptInf.bins, ge=2)
@@ -360,8 +375,9 @@ class AdaptInfSelect(Section):
     """Do as the published code does."""
     gradients: Literal["last", "all"] | list[int] = "last"
     """The decoder layers whose adapter gradients are taken."""
-    projection: int | None = Field(default=1024, ge=1)
-    """Length of the stored vectors; null keeps gradients whole."""
+    projection: Projected | None = 1024
+    """Length of the stored vectors, or {side: 16} to project both factors of each matrix's gradient; null keeps
+    gradients whole."""
     batch_size: int = Field(default=8, ge=1)
     """Rows scored at once."""
     max_length: int | None = Field(default=2048, ge=2)

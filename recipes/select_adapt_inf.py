@@ -22,12 +22,13 @@ from trl import SFTConfig, SFTTrainer
 
 from ..data_selection import AdaptInf, Selection, score_samples
 from ..data_selection.files import open_atomic
+from ..data_selection.projections import Factorised
 from ..data_selection.selection import top_k, uniform_noise, write_atomic
 from .pictures import as_paths, is_processor, picture_training
 from .progress import Report
 from .rows import Row, check_row, fingerprint, tokenize
 from .run_folder import RunError, RunFolder
-from .schema import Adapter, AdaptInfSelect, Recipe, Select, Sft, Skill, Source
+from .schema import Adapter, AdaptInfSelect, Factors, Recipe, Select, Sft, Skill, Source
 from .select import (
     BALANCED,
     CONTROL,
@@ -61,6 +62,8 @@ def run_adapt_inf(recipe: Recipe, stage: AdaptInfSelect, run: RunFolder) -> None
     run.add_data("raw", **content_of(pool))
     rows = [as_paths(row, folder / POOL) for row in _checked_rows(pool)]
     model, tokenizer, scored_with = _scoring_model(recipe, stage, rows, folder, run)
+    for number, path in enumerate(stage.members if isinstance(stage.members, list) else ()):
+        model.load_adapter(path, _member(number))
     store = score_samples(model, tokenizer, rows, **scoring_settings(recipe, stage), out_dir=folder / STORE)
     method = adapt_inf(stage)
     k = budget_of(stage, len(rows))
@@ -94,7 +97,18 @@ def adapt_inf(stage: AdaptInfSelect) -> AdaptInf:
 def scoring_settings(recipe: Recipe, stage: AdaptInfSelect) -> dict[str, Any]:
     """Arguments of `score_samples`."""
     names = ("scores", "gradients", "projection", "batch_size", "max_length")
-    return {**{name: getattr(stage, name) for name in names}, "seed": recipe.seed}
+    members = stage.members
+    if isinstance(members, list):
+        members = [_member(number) for number in range(len(members))]
+    settings = {**{name: getattr(stage, name) for name in names}, "members": members, "seed": recipe.seed}
+    if isinstance(stage.projection, Factors):
+        settings["projection"] = Factorised(stage.projection.side)
+    return settings
+
+
+def _member(number: int) -> str:
+    """The name under which an adapter of `members` is loaded."""
+    return f"member-{number}"
 
 
 def budget_of(stage: AdaptInfSelect, rows: int) -> int:

@@ -8,7 +8,15 @@ from peft import LoraConfig, get_peft_model
 from krontune.adapters import MokaConfig, load_base
 from krontune.data_selection import DataSelectionError
 from krontune.data_selection.gradients import plan_gradients, scoring_mode, take_gradients
-from krontune.data_selection.per_sample import CountSketch, kron_gradients
+from krontune.data_selection.per_sample import kron_sides, linear_gradient
+from krontune.data_selection.projections import (
+    CountSketch,
+    Factorised,
+    FactorProjection,
+    projection_key,
+    projector,
+    squared_norms,
+)
 
 specification = importlib.util.spec_from_file_location("tiny_adapters", Path(__file__).parent / "tiny_adapters.py")
 tiny = importlib.util.module_from_spec(specification)
@@ -178,7 +186,8 @@ def test_kronecker_gradients_equal_autograd_of_the_dense_matrix(k, m_a, n_a, m_b
     g = torch.randn(3, 4, m_a * m_b, dtype=torch.float64)
     a, b = torch.randn(k, m_a, n_a, dtype=torch.float64), torch.randn(k, m_b, n_b, dtype=torch.float64)
     gate = torch.randn(k, dtype=torch.float64)
-    found = kron_gradients(x, g, a, b, gate)
+    of_a, of_b, of_gate = kron_sides(x, g, a, b, gate)
+    found = linear_gradient(*of_a), linear_gradient(*of_b), of_gate
     for s in range(3):
         leaves = [tensor.clone().requires_grad_() for tensor in (a, b, gate)]
         dense = sum(leaves[2][i] * torch.kron(leaves[0][i], leaves[1][i]) for i in range(k))
@@ -223,3 +232,80 @@ def test_sketched_gradients_are_the_sketch_of_whole_ones():
     sketch.add(expected, whole.vectors, 0)
     torch.testing.assert_close(taken.vectors, expected, rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(taken.norms, whole.norms)
+
+
+def naive_projection(shapes, projection, gradients):
+    """Of whole gradients (B, d), matrix by matrix, by the projection's own matrices."""
+    found, start = [], 0
+    for (k, m, n), left, right in zip(shapes, projection.left, projection.right, strict=True):
+        for i in range(k):
+            whole = gradients[:, start : start + m * n].view(-1, m, n)
+            start += m * n
+            p = torch.eye(m) if left is None else left[i]
+            q = torch.eye(n) if right is None else right[i]
+            found += [torch.stack([p @ one @ q.T for one in whole]).flatten(1)]
+    return torch.cat(found, dim=1)
+
+
+@pytest.mark.parametrize("adapter", ["lora", "moka", "moka_one_shape", "moka_identity_a"])
+def test_factorised_vectors_are_the_projection_of_exact_gradients(adapter, side=3):
+    model = ADAPTERS[adapter](tiny.tiny_llama())
+    plan = plan_gradients(model, "all")
+    projection = projector(Factorised(side), plan.shapes, 7, torch.device("cpu"))
+    taken, expected = both(model, "all", sketch=projection)
+    assert taken.vectors.shape == (4, projection.size) and projection.size < plan.size
+    assert relative_errors(taken.vectors, naive_projection(plan.shapes, projection, expected)) < 1e-5
+    torch.testing.assert_close(taken.norms, expected.norm(dim=1), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("tokens", [2, 40])  # fewer numbers than the gradient has, and more
+@pytest.mark.parametrize(("blocks_x", "blocks_g"), [(1, 1), (1, 3), (3, 1), (3, 3)])
+def test_a_gradient_is_projected_alike_whether_it_is_formed_or_not(tokens, blocks_x, blocks_g):
+    torch.manual_seed(0)
+    k, m, n = max(blocks_x, blocks_g), 20, 31
+    x, g = torch.randn(2, blocks_x, tokens, n), torch.randn(2, blocks_g, tokens, m)
+    projection = FactorProjection([(k, m, n)], 8, 1, torch.device("cpu"))
+    found = torch.zeros(2, projection.size)
+    squares = projection.put(found, 0, x, g)
+    whole = torch.einsum("bktm,bktn->bkmn", g.expand(2, k, tokens, m), x.expand(2, k, tokens, n)).flatten(1)
+    torch.testing.assert_close(found, naive_projection([(k, m, n)], projection, whole), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(squares, whole.square().sum(1))
+    torch.testing.assert_close(squared_norms(x, g), whole.square().sum(1))
+
+
+@pytest.mark.parametrize("adapter", ["lora", "moka"])
+def test_inner_products_of_factorised_vectors_are_those_of_exact_gradients_on_average(adapter):
+    """Over 200 seeds, within four standard errors, for all pairs of samples, norms included."""
+    model = ADAPTERS[adapter](tiny.tiny_llama())
+    plan = plan_gradients(model, "last")
+    own = [i for i, name in enumerate(plan.names) if ".down_proj." in name]
+    inputs, labels = tiny.batch()
+    exact = torch.nn.functional.normalize(naive_gradients(model, [plan.names[i] for i in own], inputs, labels))
+    found = []
+    for seed in range(200):
+        projection = projector(Factorised(3), [plan.shapes[i] for i in own], seed, torch.device("cpu"))
+        vectors, start = torch.zeros(4, projection.size), 0
+        for place, (k, m, n) in enumerate(plan.shapes[i] for i in own):  # each gradient as m tokens, one a row
+            rows = exact[:, start : start + k * m * n].view(4, k, m, n)
+            start += k * m * n
+            projection.put(vectors, place, rows, torch.eye(m).expand(4, 1, m, m))
+        found.append(vectors @ vectors.T)
+    products = torch.stack(found)
+    errors = products.mean(0) - exact @ exact.T
+    deviation = products.std(0) / len(found) ** 0.5
+    assert (0 < deviation).all() and deviation.max() < 0.08, "or the test could not tell"
+    assert (errors.abs() < 4 * deviation).all()
+
+
+def test_factorised_projections_differ_by_seed_side_and_matrix_and_by_nothing_else():
+    cpu, shapes = torch.device("cpu"), [(2, 40, 50), (1, 40, 8)]
+    one, same = (FactorProjection(shapes, 16, 3, cpu) for _ in range(2))
+    assert one.size == 2 * 16 * 16 + 16 * 8 and one.right[1] is None
+    assert torch.equal(one.left[0], same.left[0]) and not torch.equal(one.left[0][0], one.left[0][1])
+    assert torch.equal(one.left[0], FactorProjection(shapes[:1], 16, 3, cpu).left[0])
+    assert not torch.equal(one.left[0][:1], one.left[1])
+    assert not torch.equal(one.left[0], FactorProjection(shapes, 16, 4, cpu).left[0])
+    with pytest.raises(DataSelectionError, match="side"):
+        projection_key(Factorised(0))
+    with pytest.raises(DataSelectionError, match="projection"):
+        projection_key(0)

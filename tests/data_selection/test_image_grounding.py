@@ -99,7 +99,7 @@ def test_images_need_a_processor_and_come_before_the_answer(tmp_path):
     with pytest.raises(DataSelectionError, match="give score_samples the model's processor"):
         score_samples(tiny_llava(), processor().tokenizer, ROWS, gradients=None, out_dir=tmp_path / "s")
     late = {"prompt": "what is ", "completion": "red <image>", "images": row("red")["images"]}
-    with pytest.raises(DataSelectionError, match="row 0: an image stands after the start of the answer"):
+    with pytest.raises(DataSelectionError, match="row 0: an image stands inside an answer"):
         score_samples(tiny_llava(), processor(), [late], gradients=None, out_dir=tmp_path / "t")
     with pytest.raises(DataSelectionError, match="would cut images apart"):
         score_samples(tiny_llava(), processor(), ROWS, gradients=None, max_length=5, out_dir=tmp_path / "u")

@@ -11,7 +11,7 @@ from datasets import Dataset
 from krontune.data_selection import DataSelectionError, Store, pool_scoring, score_samples
 from krontune.data_selection.encoding import encode
 from krontune.data_selection.gradients import plan_gradients
-from krontune.data_selection.per_sample import CountSketch
+from krontune.data_selection.projections import CountSketch, Factorised, projected_size
 
 specification = importlib.util.spec_from_file_location("tiny_adapters", Path(__file__).parent / "tiny_adapters.py")
 tiny = importlib.util.module_from_spec(specification)
@@ -85,6 +85,14 @@ def test_the_store_holds_what_one_row_at_a_time_gives(tmp_path):
     CountSketch(plan.size, 64, 4, torch.device("cpu")).add(expected, vectors, 0)
     np.testing.assert_allclose(small.vectors, torch.nn.functional.normalize(expected), atol=1e-3)
     assert np.array_equal(Store(tmp_path / "small").vectors, small.vectors)
+
+    shapes = plan.shapes
+    factorised = score_samples(MODEL, WORDS, ROWS, projection=Factorised(4), seed=4, out_dir=tmp_path / "factorised")
+    assert factorised.vectors.shape == (30, projected_size(Factorised(4), shapes))
+    assert factorised.vectors.dtype == np.float16
+    np.testing.assert_allclose(factorised.norms, scores["grand"], rtol=1e-5)
+    with pytest.raises(DataSelectionError, match="projection: .*'factorised'.* there"):
+        score_samples(MODEL, WORDS, ROWS, projection=Factorised(8), seed=4, out_dir=tmp_path / "factorised")
 
 
 def test_the_model_is_left_as_it_was(tmp_path):

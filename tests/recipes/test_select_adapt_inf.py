@@ -89,6 +89,36 @@ def test_settings_reach_the_scores_and_the_selection(data):
     assert facts["n"] == 10 and {one["selector"] for one in facts["clusters"]} == {"grand"}
 
 
+@pytest.mark.slow
+def test_both_factors_of_all_gradients_are_projected_where_a_side_is_given(data):
+    folder, _ = select_in(data, f"{BASE}; gradients: all; projection: {{side: 4}}; adapter: {{r: 4}}")
+    store = Store(folder / "store")
+    assert store.key["projection"] == {"kind": "factorised", "side": 4} and store.key["layers"] == [0, 1]
+    assert store.width < 1024 * 16 and store.norms.min() > 0
+
+
+def test_the_score_epistemic_takes_dropout_masks_as_members(data):
+    masks = "scores: [nll, epistemic]; members: 2; adapter: {r: 4, dropout: 0.3}"
+    folder, _ = select_in(data, f"{BASE}; {masks}", name="one")
+    store = Store(folder / "store")
+    assert set(store.scores) == {"nll", "epistemic", "epistemic_reverse"} and store.scores["epistemic"].min() > 0
+
+
+@pytest.mark.slow
+def test_the_score_epistemic_takes_trained_adapters_as_members(data):
+    select_in(data, name="one")
+    select_in(data, BASE.replace("steps: 2", "steps: 4"), name="two")
+    adapters = "members: [one/select/warm_up, two/select/warm_up]; adapter_from: one/select/warm_up"
+    folder, facts = select_in(data, f"{BASE}; scores: [epistemic]; selector: epistemic; {adapters}", name="three")
+    assert {one["selector"] for one in facts["clusters"]} == {"epistemic"}
+    found = Store(folder / "store").scores["epistemic"]
+    assert (found > 0).all()
+    (data / "same").mkdir()
+    same = "members: [one/select/warm_up, one/select/warm_up]; adapter_from: one/select/warm_up"
+    folder, _ = select_in(data, f"{BASE}; scores: [epistemic]; {same}", name="same/four")
+    assert Store(folder / "store").scores["epistemic"].max() < 1e-6 < found.max()
+
+
 def test_a_cut_stage_goes_on_with_adapter_and_store_and_gives_the_same_bytes(data, monkeypatch):
     whole, _ = select_in(data)
     score, calls = select_adapt_inf.score_samples, []
@@ -157,8 +187,18 @@ def test_sft_trains_on_the_picks_and_on_both_controls_and_the_page_draws_them(da
         (f"{BASE}; target: pool.jsonl", "unknown key 'target'"),
         (f"{BASE}; cluster: 3", "unknown key 'cluster'; did you mean 'clusters'?"),
         (f"{BASE}; scores: [nll, surprise]", "'surprise' is unknown"),
+        (f"{BASE}; projection: 0", "projection"),
+        (f"{BASE}; projection: {{size: 4}}", "unknown key 'size'"),
         (f"{BASE}; keep: 3", "'keep' prunes the pool between datasets"),
         (f"{BASE}; adapter_from: here; adapter: {{r: 2}}", "give one of them"),
+        (f"{BASE}; scores: [nll, log_ig]", "compares answers with and without their images, and the rows of a recipe"),
+        (f"{BASE}; scores: [nll, epistemic]", "give members: a number of dropout masks, or folders"),
+        (f"{BASE}; members: 3", "'members' are compared by the score 'epistemic', which is not among"),
+        (f"{BASE}; scores: [epistemic]; members: 1", "greater than or equal to 2"),
+        (
+            "method: adapt_inf; k: 3; datasets: [{name: a, raw: pool.jsonl}]; scores: [epistemic]; members: [a, b]",
+            "adapters in 'members' do not",
+        ),
         ("method: adapt_inf; k: 3; datasets: [{name: a, raw: pool.jsonl}]", "the sft stage trains between datasets"),
     ],
 )
@@ -175,6 +215,9 @@ def test_faults_that_need_no_data(data, keys, said):
         (f"{BASE}; legacy: true; shares: density", "legacy=True is the published choice"),
         (f"{BASE}; selector: grand", "the selector 'grand' is not among the scores"),
         (f"{BASE}; adapter_from: nowhere", "no folder with an adapter"),
+        (f"{BASE}; selector: epistemic", "the selector 'epistemic' is not among the scores"),
+        (f"{BASE}; scores: [epistemic]; members: [here, there]", "'there' is no folder with an adapter"),
+        (f"{BASE}; scores: [epistemic]; members: 2", "2 dropout masks need a dropout"),
         (BASE.replace("pool.jsonl", "none.jsonl"), "none.jsonl"),
     ],
 )
