@@ -4,7 +4,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from .data_faults import Found, source_faults, tried
-from .schema import AdaptInfSelect, Recipe, Sft
+from .schema import Recipe, Sft
+from .schema_rows import AdaptInfSelect
 from .select_adapt_inf import adapt_inf
 
 

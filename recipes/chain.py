@@ -20,7 +20,8 @@ from .preflight import check
 from .processes import processes
 from .rl import run_rl
 from .run_folder import Follower, RunError, RunFolder
-from .schema import AdaptInfSelect, Recipe, Rl, Select, Sft
+from .schema import Recipe, Rl, Sft
+from .schema_rows import AdaptInfSelect, Select
 from .select import run_select
 from .select_adapt_inf import run_adapt_inf
 from .sft import run_sft

@@ -14,7 +14,9 @@ from ..data_selection.duplicates import deduplicate
 from ..data_selection.texts import row_text
 from .needs import out_of_reach
 from .rows import source_rows
-from .schema import Columns, HubRows, Neural, Recipe, Select, Source
+from .schema import Recipe
+from .schema_rows import Neural, Select
+from .schema_sources import Columns, HubRows, Source
 from .select import dsir_settings, make_neural, spelled_caps
 
 # Of a larger file only the first rows are looked at, lest a check takes hours; a fault further on ends the run with

@@ -10,7 +10,9 @@ from .content import Digests, Inputs, key_of
 from .lifelong import is_sequence
 from .masking import hidden
 from .own import is_own, source_of
-from .schema import AdaptInfSelect, Columns, HubRows, Recipe, Rl, RowSource, Select, Sft, Source
+from .schema import Recipe, Rl, Sft
+from .schema_rows import AdaptInfSelect, Select
+from .schema_sources import Columns, HubRows, RowSource, Source
 from .select import BALANCED, CONTROL, SELECTED
 from .select_adapt_inf import DATASETS, WARM_UP, adapter_section, pool_sources
 from .steps import Step

@@ -27,7 +27,8 @@ from .precision import save_plan
 from .progress import Report
 from .rows import Row, fingerprint, tokenize
 from .run_folder import RunError, RunFolder
-from .schema import AdaptInfSelect, Recipe, Sft
+from .schema import Recipe, Sft
+from .schema_rows import AdaptInfSelect
 from .select import INPUTS, read_if_there
 from .select_adapt_inf import adapt_inf, budget_of, prepared, scoring_settings, start_adapter
 from .trainer_args import given

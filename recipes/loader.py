@@ -16,7 +16,8 @@ from .masking import learn, learn_override
 from .overrides import apply_overrides
 from .own import ALLOW_LATER, is_own, not_allowed
 from .run_folder import recipe_text
-from .schema import Recipe, Rl, Select
+from .schema import Recipe, Rl
+from .schema_rows import Select
 from .shipped import shipped_text
 from .trainer_args import set_by_krontune
 from .yaml12 import Document, read, shorten

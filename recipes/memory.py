@@ -14,7 +14,8 @@ import torch
 from transformers.pytorch_utils import Conv1D
 
 from ..adapters.kronecker import weight_is_cheaper
-from .schema import BaseModelSection, Rl, Sft
+from .schema import Rl, Sft
+from .schema_model import BaseModelSection
 from .targets import Size, Targets
 from .trainer_args import value_of
 

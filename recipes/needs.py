@@ -18,7 +18,9 @@ from ..adapters.base import resolve_model
 from ..adapters.embedded import NAME
 from ..data_selection import DataSelectionError
 from ..data_selection.texts import read_rows
-from .schema import AdaptInfSelect, HubRows, Recipe, Rl, RowSource, Select, Source, Stage, Verify
+from .schema import Recipe, Rl, Stage, Verify
+from .schema_rows import AdaptInfSelect, Select
+from .schema_sources import HubRows, RowSource, Source
 from .trainer_args import given
 
 HUB_TIMEOUT_S = 5.0

@@ -31,7 +31,9 @@ from .rendered import load_tokenizer, longest_prompt
 from .rl import make_task, training_rows
 from .rows import read_sources, tokenize
 from .run_folder import recipe_text
-from .schema import Adapter, AdaptInfSelect, Recipe, Rl, Select, Sft, Verify
+from .schema import Recipe, Rl, Sft, Verify
+from .schema_model import Adapter
+from .schema_rows import AdaptInfSelect, Select
 from .targets import ConfigError, Targets, context_of, meta_model, targets_of
 from .trainer_args import value_of
 

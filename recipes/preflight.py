@@ -24,7 +24,9 @@ from .reward_trial import NOT_JUDGED, ROWS, faults_of_reward, right_forms, rows_
 from .rewards import make_reward
 from .rl import make_credit, make_risk, make_task, training_rows
 from .rows import Row
-from .schema import Adapter, AdaptInfSelect, Recipe, Rl, Sft
+from .schema import Recipe, Rl, Sft
+from .schema_model import Adapter
+from .schema_rows import AdaptInfSelect
 from .targets import ConfigError, context_of, linear_names, meta_model, targets_of, unmatched
 from .trainer_args import given, value_of
 from .training import moka_config, trainer_arguments

@@ -14,7 +14,8 @@ from ..data_selection import DataSelectionError
 from . import needs
 from .rl import training_rows
 from .rows import Row, source_rows, tokenize
-from .schema import BaseModelSection, Recipe, Rl, Sft
+from .schema import Recipe, Rl, Sft
+from .schema_model import BaseModelSection
 from .select_adapt_inf import pool_sources
 from .trainer_args import value_of
 

@@ -11,7 +11,7 @@ from typing import Any
 from ..data_selection import DataSelectionError
 from ..data_selection.texts import read_rows, row_text
 from ..rl.tasks.worked import worked_examples
-from .schema import Columns, HubRows, HubTexts, Puzzles, Shipped, Source
+from .schema_sources import Columns, HubRows, HubTexts, Puzzles, Shipped, Source
 
 Row = dict[str, Any]
 

@@ -25,7 +25,9 @@ from ..data_selection.shards import fingerprint as file_fingerprint
 from ..data_selection.texts import read_rows
 from .rows import Row, check_row, fingerprint, source_rows, sourced
 from .run_folder import RunError, RunFolder
-from .schema import Columns, Neural, Recipe, Select, Source
+from .schema import Recipe
+from .schema_rows import Neural, Select
+from .schema_sources import Columns, Source
 
 SELECTED, CONTROL, BALANCED = "selected.jsonl", "control.jsonl", "balanced.jsonl"
 INPUTS, POOL, COPIES, ESTIMATOR, SCORES = "inputs.json", "pool", "duplicates", "dsir", "scores"

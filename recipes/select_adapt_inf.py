@@ -26,7 +26,10 @@ from ..data_selection.selection import top_k, uniform_noise, write_atomic
 from .progress import Report
 from .rows import Row, check_row, fingerprint, tokenize
 from .run_folder import RunError, RunFolder
-from .schema import Adapter, AdaptInfSelect, Recipe, Select, Sft, Skill, Source
+from .schema import Recipe, Sft
+from .schema_model import Adapter
+from .schema_rows import AdaptInfSelect, Select, Skill
+from .schema_sources import Source
 from .select import (
     BALANCED,
     CONTROL,

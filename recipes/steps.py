@@ -2,7 +2,8 @@
 
 from dataclasses import dataclass
 
-from .schema import AdaptInfSelect, Recipe, Rl, Select, Sft, Verify
+from .schema import Recipe, Rl, Sft, Verify
+from .schema_rows import AdaptInfSelect, Select
 
 
 @dataclass(frozen=True)

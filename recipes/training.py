@@ -16,7 +16,8 @@ from ..adapters import MokaConfig, load_base
 from .checkpoints import Checkpoint, Checkpoints, last_checkpoint, of_rank, remove_checkpoints, saving
 from .precision import recipe_plan, save_plan
 from .run_folder import TRAINER, RunError, RunFolder
-from .schema import Adapter, BaseModelSection, Recipe
+from .schema import Recipe
+from .schema_model import Adapter, BaseModelSection
 from .trainer_args import given
 
 ADAPTER = "adapter"
