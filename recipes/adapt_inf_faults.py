@@ -3,7 +3,8 @@
 from collections.abc import Iterator
 from pathlib import Path
 
-from .data_faults import Found, source_faults, tried
+from .data_faults import Found, pool_seen, source_faults, tried
+from .links import feeder
 from .schema import Recipe, Sft
 from .schema_rows import AdaptInfSelect
 from .select_adapt_inf import adapt_inf
@@ -12,7 +13,7 @@ from .select_adapt_inf import adapt_inf
 def adapt_inf_order(recipe: Recipe, number: int) -> Iterator[tuple[tuple[str | int, ...], str]]:
     """Keys of a stage that do not go together, or not with the other stages. Needs no data."""
     stage = recipe.stages[number]
-    select = recipe.stage("select")
+    select = feeder(recipe, stage)
     if isinstance(stage, Sft) and stage.data == "select" and select is not None:
         sequence = isinstance(select, AdaptInfSelect) and select.datasets is not None
         known = ["random", *(["balanced"] if isinstance(select, AdaptInfSelect) else [])]
@@ -23,10 +24,10 @@ def adapt_inf_order(recipe: Recipe, number: int) -> Iterator[tuple[tuple[str | i
                 yield ("controls", place), f"the control {control!r} needs a select stage {what}; here: {known}"
     if not isinstance(stage, AdaptInfSelect):
         return
-    if (stage.raw is None) == (stage.datasets is None):
-        both = stage.raw is not None
-        what = "raw and datasets exclude each other; leave one out" if both else "missing key 'raw' (or 'datasets')"
-        yield ("datasets" if both else "stage",), what
+    if stage.raw is not None and stage.datasets is not None:
+        yield ("datasets",), "raw and datasets exclude each other; leave one out"
+    elif stage.datasets is None and select is None and not isinstance(stage.raw, list):
+        yield ("stage",), "missing key 'raw' (or 'datasets')"
     if stage.adapter is not None and stage.adapter_from is not None:
         yield ("adapter_from",), "'adapter' is warmed up and 'adapter_from' is trained already; give one of them"
     if stage.datasets is None:
@@ -38,12 +39,14 @@ def adapt_inf_order(recipe: Recipe, number: int) -> Iterator[tuple[tuple[str | i
         if name in names[:place]:
             yield ("datasets", place, "name"), f"two datasets are called {name!r}; rename one"
     after = recipe.stages[number + 1 :]
-    if not any(isinstance(other, Sft) and other.data == "select" for other in after):
+    if not any(isinstance(other, Sft) and feeder(recipe, other) is stage for other in after):
         yield ("datasets",), "the sft stage trains between datasets, and none with data: select comes after this stage"
     if stage.adapter is not None:
         yield ("adapter",), "over datasets the sft stage's adapter is trained; say there what it is"
-    elif any(isinstance(other, Sft) for other in recipe.stages[:number]):
-        yield ("datasets",), "over datasets the sft stage comes after this one"
+    before = recipe.before(stage, "sft", "rl")
+    if before is not None and stage.adapter_from is not None:
+        continued = recipe.name_of(before)
+        yield ("adapter_from",), f"the adapter of the {continued} stage is trained on; leave 'adapter_from' out"
 
 
 def adapt_inf_faults(recipe: Recipe, stage: AdaptInfSelect) -> Found:
@@ -59,8 +62,8 @@ def adapt_inf_faults(recipe: Recipe, stage: AdaptInfSelect) -> Found:
         yield from adapter_faults(recipe, stage.adapter)
     if stage.adapter_from is not None and not (Path(stage.adapter_from) / "adapter_config.json").is_file():
         yield ("adapter_from",), f"{stage.adapter_from!r} is no folder with an adapter: it has no adapter_config.json"
-    if stage.raw is not None:
-        pool = yield from source_faults(("raw",), stage.raw)
+    if stage.datasets is None:
+        pool = yield from pool_seen(recipe, stage)
         yield from _too_many(stage, pool.rows, "the pool")
     for number, skill in enumerate(stage.datasets or []):
         rows = yield from source_faults(("datasets", number, "raw"), skill.raw)

@@ -14,9 +14,10 @@ from ..adapters.base import resolve_model
 from ..adapters.embedded import NAME
 from ..rl import CertificateTask, Guarded, RlError, TokenCredit
 from .adapt_inf_faults import adapt_inf_faults
-from .data_faults import Found, select_faults, source_faults, tried
+from .data_faults import Found, dedup_faults, select_faults, source_faults, tried
 from .faults import Fault
 from .hub_check import hub_faults
+from .links import fresh_adapter, rl_of
 from .needs import HUB_TIMEOUT_S, out_of_reach
 from .own import is_own, not_allowed
 from .rendered import first_rows, load_tokenizer, longest_prompt, sft_row
@@ -53,6 +54,7 @@ def check(recipe: Recipe) -> list[Fault]:
     faults = [*_model_faults(recipe), *_attention_faults(recipe)]
     for number, stage in enumerate(recipe.stages):
         finders: dict[str, Any] = {
+            "dedup": dedup_faults,
             "select": adapt_inf_faults if isinstance(stage, AdaptInfSelect) else select_faults,
             "sft": _sft_faults,
             "rl": _rl_faults,
@@ -108,8 +110,9 @@ def _attention_faults(recipe: Recipe) -> Iterator[Fault]:
 
 
 def _sft_faults(recipe: Recipe, stage: Any) -> Found:
-    yield from adapter_faults(recipe, stage.adapter)
-    if not isinstance(stage.data, str):
+    if (fresh := fresh_adapter(recipe, stage)) is not None:
+        yield from adapter_faults(recipe, fresh)
+    if isinstance(stage.data, list):
         yield from source_faults(("data",), stage.data)
     yield from _row_faults(recipe, stage)
     yield from _trainer_faults(recipe, stage, "SFTConfig")
@@ -126,7 +129,7 @@ def _row_faults(recipe: Recipe, stage: Sft) -> Found:
     except (ValueError, OSError):  # said of the source
         return
     for row in rows:
-        yield from tried(("data",), partial(sft_row, row, stage, tokenizer))
+        yield from tried(("data",), partial(sft_row, row, stage, tokenizer, recipe.name_of(stage)))
 
 
 def _rl_faults(recipe: Recipe, stage: Rl) -> Found:
@@ -261,7 +264,7 @@ def _lost_credit(strategy: str, credit: dict[str, Any], trainer: dict[str, Any])
 
 
 def _verify_faults(recipe: Recipe, stage: Any) -> Found:
-    task = stage.task or recipe.stage("rl").task
+    task = stage.task or rl_of(recipe, stage).task
     unfit = list(
         tried(
             ("task",),

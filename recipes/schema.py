@@ -6,9 +6,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, PrivateAttr, Tag, ValidationInfo, model_validator
 
+from .names import numbered
 from .own import ALLOW_LATER, is_own, not_allowed
 from .schema_model import Adapter, BaseModelSection
-from .schema_rows import AnySelect
+from .schema_rows import AnySelect, Dedup
 from .schema_sources import RowSources, Section, Sources
 from .trainer_args import CreditArgs, GrpoTrainerArgs, GuardArgs, RiskArgs, SftTrainerArgs
 from .yaml12 import Document
@@ -25,13 +26,15 @@ def _whose(name: Any) -> str:
 
 class Sft(Section):
     stage: Literal["sft"]
-    data: Literal["select"] | Sources = "select"
-    """What the select stage picked, or sources."""
+    data: Literal["select", "dedup"] | Sources = "select"
+    """What the select stage before it picked, or the dedup stage kept, or sources."""
     controls: list[Literal["random", "balanced", "sequential", "full"]] = []
     """Also train on an equally large random pick from the same pool. After adapt_inf also: a random pick with its
     clusters' shares (balanced); over datasets also: the newest alone (sequential), or all of the pool for as many
     steps (full)."""
-    adapter: Adapter = Adapter()
+    adapter: Adapter | None = None
+    """The adapter to begin with where nothing was trained before, null for MoKA as it comes; else the newest one is
+    continued."""
     trainer: SftTrainerArgs = SftTrainerArgs()  # pyright: ignore[reportInvalidTypeForm]
     """Any field of trl.SFTConfig."""
 
@@ -99,7 +102,7 @@ class Rl(Section):
     risk: RiskArgs | None = None  # pyright: ignore[reportInvalidTypeForm]
     """Any field of krontune.rl.Risk; null maximises the mean reward."""
     adapter: Adapter | None = None
-    """The adapter to begin with where no sft stage came before; else that stage's is continued."""
+    """The adapter to begin with where nothing was trained before; else the newest one is continued."""
     share_prompts: bool = False
     """Compute the prompt that the completions of a group share once; needs eager or sdpa attention."""
     max_mismatch: float | None = Field(default=None, gt=0)
@@ -123,7 +126,7 @@ class Rl(Section):
 class Verify(Section):
     stage: Literal["verify"]
     task: Task | None = None
-    """null takes the rl stage's."""
+    """null takes that of the rl stage before it."""
     instances: int = Field(default=200, ge=1)
     """Held-out instances, all from the test split."""
     seed: int = Field(default=0, ge=0)
@@ -172,12 +175,12 @@ class Hub(Section):
     private: bool = True
     """Of a repository that the push makes."""
     dataset: str | None = None
-    """For what the select stage picked: owner/name, a data set."""
+    """For what the last select stage picked: owner/name, a data set."""
     base_model: str | None = None
     """The Hub id of the base, where base names a folder: whoever loads the adapter gets the base from there."""
 
 
-Stage = Annotated[AnySelect | Sft | Rl | Verify, Field(discriminator="stage")]
+Stage = Annotated[Dedup | AnySelect | Sft | Rl | Verify, Field(discriminator="stage")]
 
 
 class Recipe(Section):
@@ -209,6 +212,22 @@ class Recipe(Section):
         """Where a key was written, "file:line:column"; its dotted path for a recipe made in Python."""
         return self._document.where(path) if self._document else ".".join(map(str, path))
 
+    @property
+    def names(self) -> list[str]:
+        """Of the stages, in order: the kind, from the second of a kind on with its number, as in `sft-2`."""
+        return numbered(stage.stage for stage in self.stages)
+
     def stage(self, name: str) -> Any:
-        """The stage of this kind, or None."""
-        return next((stage for stage in self.stages if stage.stage == name), None)
+        """The stage of this name, or None."""
+        return dict(zip(self.names, self.stages, strict=True)).get(name)
+
+    def place(self, stage: Any) -> int:
+        """The number of this very stage; another may say the same."""
+        return next(number for number, one in enumerate(self.stages) if one is stage)
+
+    def name_of(self, stage: Any) -> str:
+        return self.names[self.place(stage)]
+
+    def before(self, stage: Any, *kinds: str) -> Any:
+        """The last stage of these kinds before this one, or None."""
+        return next((one for one in reversed(self.stages[: self.place(stage)]) if one.stage in kinds), None)

@@ -9,8 +9,8 @@ from .schema_model import Adapter
 from .schema_sources import Section, Sources
 
 
-class Duplicates(Section):
-    """What is taken out of the pool before it is weighed, see docs/duplicates.md."""
+class Copies(Section):
+    """What counts as a copy, see docs/duplicates.md."""
 
     method: Literal["near", "code", "exact", "none"] = "near"
     """near: much of the wording alike; code: the same program under other names; none: only what `against` says."""
@@ -26,12 +26,29 @@ class Duplicates(Section):
     """Of copies."""
     against: dict[str, Sources] = {}
     """Texts that must not be in the pool, such as evaluation sets, by name."""
-    against_target: bool = False
-    """Nor may the target's texts."""
     overlap: float = Field(default=0.8, gt=0, le=1)
     """Of a forbidden text, the share of its shingles that makes a row one with it."""
+
+    def rules(self) -> dict[str, Any]:
+        """The arguments of `data_selection.duplicates.deduplicate`, but for the texts."""
+        return {name: getattr(self, name) for name in Copies.model_fields if name != "against"}
+
+
+class Duplicates(Copies):
+    """What is taken out of the pool before it is weighed, see docs/duplicates.md."""
+
+    against_target: bool = False
+    """Nor may the target's texts."""
     report_only: bool = False
     """Leave all rows in the pool; the reasons of the picks say what they resemble."""
+
+
+class Dedup(Copies):
+    """Rows without copies, for the select stages after it that name no raw, or for an sft stage with data: dedup."""
+
+    stage: Literal["dedup"]
+    data: Literal["select"] | Sources
+    """The rows to look through: sources, or select, what the select stage before it picked."""
 
 
 class Neural(Section):
@@ -59,8 +76,9 @@ class Select(Section):
     stage: Literal["select"]
     method: Literal["dsir"] = "dsir"
     """DSIR, importance resampling by hashed n-grams (arXiv 2302.03169)."""
-    raw: Sources
-    """The pool to pick from. Files are read in pieces, never held whole."""
+    raw: Literal["dedup"] | Sources | None = None
+    """The pool to pick from; left out, or dedup: the rows that the dedup stage before it kept. Files are read in
+    pieces, never held whole."""
     target: Sources | None = None
     """Examples of what the model should become good at."""
     targets: dict[str, Sources] | None = Field(default=None, min_length=1)
@@ -135,8 +153,8 @@ class AdaptInfSelect(Section):
     stage: Literal["select"]
     method: Literal["adapt_inf"]
     """Adapt-inf: clusters of gradients, a score chosen for each, its range covered evenly (arXiv 2410.10636)."""
-    raw: Sources | None = None
-    """The pool to pick from, held in memory."""
+    raw: Literal["dedup"] | Sources | None = None
+    """The pool to pick from, held in memory; left out, or dedup: the rows that the dedup stage before it kept."""
     datasets: list[Skill] | None = Field(default=None, min_length=1)
     """Instead of raw: a sequence. Each joins the pool, k rows are picked, the sft stage trains on them, and the pool is
     pruned."""
@@ -173,9 +191,9 @@ class AdaptInfSelect(Section):
     max_length: int | None = Field(default=2048, ge=2)
     """Tokens of a row that are read; null for all."""
     adapter: Adapter | None = None
-    """What is warmed up where no sft stage came before; null takes that of a later sft stage."""
+    """What is warmed up where nothing was trained before; null takes that of a later sft stage."""
     adapter_from: str | None = None
-    """A folder with a trained adapter to score with, instead of a warm-up or an earlier sft stage's."""
+    """A folder with a trained adapter to score with, instead of a warm-up or the newest of the stages before."""
     warm_up: WarmUp = WarmUp()
 
 

@@ -26,26 +26,29 @@ def started(monkeypatch) -> list[str]:
         names.append(name)
         return folder.begin(name)
 
-    def select(recipe, stage, folder):
-        place = begin("select", folder)
+    def select(recipe, step, folder):
+        place, stage = begin(step.name, folder), step.stage
         (place / SELECTED).write_text("".join(Path(path).read_text()[: stage.k] for path in stage.raw))
         (place / CONTROL).write_text("random")
         folder.add_data("selected", text=(place / SELECTED).read_text())
-        folder.finish("select")
+        folder.finish(step.name)
 
-    def train(recipe, stage, folder, control=None):
-        name = f"{stage.stage}-{control}" if control else stage.stage
+    def train(recipe, step, folder):
+        name = step.name
         place = begin(name, folder)
-        before = folder.path / ("sft/adapter/weights" if stage.stage == "rl" else f"select/{SELECTED}")
+        read = [folder.path / step.start / "adapter/weights"] if step.start else []
+        read += [folder.path / step.rows / SELECTED] if step.rows else []
         (place / "adapter").mkdir()
-        text = f"{name} {recipe.seed} {stage.trainer.learning_rate} ({before.read_text()})"
+        before = " ".join(file.read_text() for file in read)
+        text = f"{name} {recipe.seed} {step.stage.trainer.learning_rate} ({before})"
         (place / "adapter" / "weights").write_text(text)
         folder.log(name, 1, {"text": text})
         folder.finish(name, text=text)
 
-    def verify(recipe, stage, folder, adapters):
-        begin("verify", folder)
-        folder.finish("verify", read=[(folder.path / name / "adapter" / "weights").read_text() for name in adapters])
+    def verify(recipe, step, folder):
+        begin(step.name, folder)
+        read = [(folder.path / name / "adapter" / "weights").read_text() for name in step.adapters]
+        folder.finish(step.name, read=read)
 
     for name, stub in {"select": select, "sft": train, "rl": train, "verify": verify}.items():
         monkeypatch.setattr(chain, f"run_{name}", stub)

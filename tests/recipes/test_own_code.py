@@ -16,6 +16,7 @@ from krontune.recipes.rewards import guard_of, make_reward, monitored
 from krontune.recipes.rl import make_credit, make_task, training_rows
 from krontune.recipes.run_folder import recipe_text
 from krontune.recipes.schema import Recipe
+from krontune.recipes.steps import steps
 from krontune.rl import CertificateReward, Guarded, TokenCredit
 
 PAGE = Path(__file__).parents[2] / "docs" / "tasks.md"
@@ -286,8 +287,8 @@ def test_a_run_over_data_trains_guarded_reports_the_guards_health_and_leaves_no_
 
     monkeypatch.setattr(Guarded, "__call__", watched)
     with RunFolder("run", recipe) as folder:
-        rl.run_rl(recipe, recipe.stage("rl"), folder)
-        rl.run_rl(recipe, recipe.stage("rl"), folder, "random")
+        for step in steps(recipe):
+            rl.run_rl(recipe, step, folder)
     assert keepers and all(process.poll() is not None for process in keepers)
     report = json.loads(Path("run/rl/rlvr_report.json").read_text())
     health = next(one for one in report["checks"] if one["name"] == "verifier_health")
