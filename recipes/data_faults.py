@@ -128,7 +128,8 @@ def select_faults(recipe: Recipe, stage: Select) -> Found:
     for name, sources in (stage.targets or {}).items():
         yield from source_faults(("targets", name), sources)
     if isinstance(stage.k, int) and pool.rows and stage.k > pool.rows and stage.chunk_words is None:
-        yield ("k",), f"k is {stage.k} and the pool has {pool.rows} rows; give at most {pool.rows}"
+        holds = "the pool has" if feeder(recipe, stage) is None else "dedup looks through"
+        yield ("k",), f"k is {stage.k} and {holds} {pool.rows} rows; give at most {pool.rows}"
     yield from _setting_faults(stage)
     unknown = sorted(set(spelled_caps(stage, sources_behind(recipe, stage)) or ()) - pool.sources)
     if unknown and pool.rows:

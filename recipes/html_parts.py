@@ -43,4 +43,4 @@ def plain(value: Any) -> str:
 
 def whose(name: str, all_of_them: Collection[str]) -> str:
     """The name of the stage, where there are several."""
-    return f": {escape(name)}" if len(all_of_them) > 1 else ""
+    return f" ({escape(name)})" if len(all_of_them) > 1 else ""

@@ -163,11 +163,15 @@ class _Planner:
         memory = seconds = None
         targets = self.targets
         if targets is not None:
-            memory = sft_memory(self.model, self.recipe.base, stage, targets, length, self.triton)
+            memory = sft_memory(self.model, self.recipe.base, self._trained(stage), targets, length, self.triton)
         if self.probe and tokens is not None:
             one = self.prober.training(trainer, value_of(trainer, "per_device_train_batch_size"), round(mean))
             seconds = one * tokens * (1 + len(stage.controls))
         return StagePlan("sft", 1 + len(stage.controls), rows, steps, tokens, tokens_are, None, memory, seconds)
+
+    def _trained(self, stage: Any) -> Any:
+        """The stage with the adapter that it trains, its own or the one that it continues."""
+        return stage.model_copy(update={"adapter": self.adapter})
 
     def _lengths(self, sources: Any) -> Iterator[int | None]:
         """Tokens of each row; None beyond the first COUNTED_ROWS."""
@@ -183,7 +187,7 @@ class _Planner:
         tokens = None if steps is None or prompt is None else steps * batch * (prompt + completion)
         memory = seconds = None
         if self.targets is not None and prompt is not None:
-            memory = rl_memory(self.model, self.recipe.base, stage, self.targets, prompt, self.triton)
+            memory = rl_memory(self.model, self.recipe.base, self._trained(stage), self.targets, prompt, self.triton)
         if self.probe and steps is not None and tokens is not None and prompt is not None:
             each = value_of(trainer, "per_device_train_batch_size")
             at_once = generated_at_once(stage)

@@ -173,6 +173,60 @@ def test_a_changed_file_of_own_code_reruns_the_stage_that_names_it(again):
     assert again(*own)[0][0] == "rl"
 
 
+SEVERAL = """\
+stages:
+  - {stage: select, raw: pool.jsonl, target: target.jsonl, k: 4}
+  - {stage: sft, trainer: {learning_rate: 1e-3}}
+  - {stage: verify, task: {name: lis, n: [3, 5]}}
+  - {stage: select, raw: pool.jsonl, target: target.jsonl, k: 6}
+  - {stage: sft, controls: [random], trainer: {learning_rate: 2e-3}}
+  - {stage: rl, task: {name: lis, n: [3, 5]}, trainer: {learning_rate: 3e-3}}
+  - {stage: verify}
+"""
+SECOND = ["sft-2", "sft-2-random", "rl", "verify-2"]
+
+
+@pytest.mark.parametrize(
+    ("override", "ran"),
+    [
+        ("stages.sft-2.trainer.learning_rate=1", SECOND),
+        ("stages.select-2.k=5", ["select-2", *SECOND]),
+        ("stages.select-2.ngrams=3", ["select-2"]),
+        ("stages.verify.instances=7", ["verify"]),
+        ("stages.verify-2.instances=7", ["verify-2"]),
+        ("stages.select.k=5", ["select", "sft", "verify", *SECOND]),
+        ("stages.rl.trainer.learning_rate=1", ["rl", "verify-2"]),
+    ],
+)
+def test_of_several_stages_of_a_kind_those_run_again_that_depend_on_the_change(small, started, override, ran):
+    small.write_text(small.read_text().partition("stages:")[0] + SEVERAL)
+    chain.run(load(small), "run", say=lambda line: None)
+    assert started == ["select", "sft", "verify", "select-2", *SECOND]
+    first = Path("run/sft/adapter/weights").read_text()
+    assert first in Path("run/sft-2/adapter/weights").read_text(), "the newest adapter is continued"
+    assert Path("run/adapter/weights").read_text() == Path("run/rl/adapter/weights").read_text()
+    started.clear()
+    said: list[str] = []
+    chain.run(load(small, [override]), "run", say=said.append)
+    assert started == ran
+    started.clear()
+    chain.run(load(small), "run", say=said.append)
+    assert started == [] and any("taken from" in line for line in said)
+
+
+MORE = (
+    "[{stage: select, raw: pool.jsonl, target: target.jsonl, k: 4}, {stage: sft, trainer: {max_steps: 2, "
+    "learning_rate: 1e-3}}, {stage: sft, data: pool.jsonl}, {stage: rl, task: {name: lis, n: [3, 5]}, instances: 8, "
+    "trainer: {max_steps: 1}}, {stage: verify, instances: 6}]"
+)
+
+
+def test_a_stage_in_between_is_a_reason_that_is_told(again):
+    found, said = again("stages=" + MORE)
+    assert found == ["sft-2", "rl", "verify"]
+    assert any(line.startswith("rl: sft is no longer read, sft-2 is new, runs again") for line in said), said
+
+
 # ---------------------------------------------------------------- folders of an early version
 
 
