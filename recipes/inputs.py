@@ -42,9 +42,17 @@ def settings_of(recipe: Recipe, step: Step) -> Inputs:
     if isinstance(step.stage, Sft) and is_sequence(recipe, step.stage):  # it picks itself
         found["select"] = _section(feeder(recipe, step.stage))
     if isinstance(step.stage, Verify) and (rl := rl_of(recipe, step.stage)) is not None:
-        found["rl"] = _section(rl)
+        found["rl"] = _section(rl) if recipe.place(rl) < recipe.place(step.stage) else _rewarded(rl)
     # Written down: without secrets, and with every other value, whatever its key is called.
     return hidden(json.loads(json.dumps(found, default=str)))
+
+
+def _rewarded(rl: Rl) -> dict[str, Any]:
+    """What a verify stage reads of an rl stage that comes after it: the reward that it checks, and the size of the
+    groups that it looks for head-room in."""
+    values = _section(rl)
+    kept = {key: values[key] for key in ("task", "reward", "reward_options", "guard") if key in values}
+    return kept | {"num_generations": given(rl.trainer).get("num_generations")}
 
 
 def _section(stage: Any) -> dict[str, Any]:

@@ -196,6 +196,7 @@ def run(*overrides: str) -> list[str]:
     return done.stdout.splitlines()
 
 
+@pytest.mark.slow
 def test_a_second_sft_stage_goes_on_from_the_first_and_a_change_of_it_leaves_the_first_alone(here):
     write_model(here / "model")
     rows = [{"text": " ".join(f"{word}{n}" for word in ("one", "two", "three", "four", "five", "six"))} for n in "abc"]
