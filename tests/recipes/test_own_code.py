@@ -220,13 +220,10 @@ def test_controls_run_the_stage_again_and_are_verified(small, tmp_path, monkeypa
         folder.finish(name)
 
     monkeypatch.setattr(chain, "check", lambda recipe: [])
-    monkeypatch.setattr(chain, "run_select", lambda r, s, f: note("select", f, False))
-    monkeypatch.setattr(chain, "run_sft", lambda r, s, f, c: note("sft", f, True))
-    monkeypatch.setattr(chain, "run_rl", lambda r, s, f, c: note(f"rl-{c}" if c else "rl", f, True))
     seen = []
-    monkeypatch.setattr(
-        chain, "run_verify", lambda r, s, f, adapters: (seen.extend(adapters), note("verify", f, False))
-    )
+    for kind in ("select", "sft", "rl"):
+        monkeypatch.setattr(chain, f"run_{kind}", lambda r, s, f: note(s.name, f, s.stage.stage in ("sft", "rl")))
+    monkeypatch.setattr(chain, "run_verify", lambda r, s, f: (seen.extend(s.adapters), note("verify", f, False)))
     chain.run(load(small, ["stages.rl.controls=[random, format]"]), tmp_path / "run")
     assert started == ["select", "sft", "rl", "rl-random", "rl-format", "verify"]
     assert seen == ["sft", "rl", "rl-random", "rl-format"]
