@@ -47,7 +47,9 @@ COPIES, ESTIMATOR, SCORES = "duplicates", "dsir", "scores"
 
 def run_select(recipe: Recipe, step: Step, run: RunFolder) -> None:
     """Write the picked rows, the random control, why each row was picked, and the report."""
-    name, behind = step.name, sources_behind(recipe, step.stage)
+    name, written = step.name, step.stage
+    assert isinstance(written, Select)
+    behind = sources_behind(recipe, written)
     stage: Select = fed(step, run.path, "raw")
     inputs = json.dumps(_inputs(stage), indent=1)
     same = read_if_there(run.path / name / INPUTS) == inputs
@@ -161,7 +163,7 @@ def _unique(
     }
     if given.against_target:
         against |= {"target" if name == "target" else f"target {name}": paths for name, paths in targets.items()}
-    rules = given.rules() | {"report_only": given.report_only}
+    rules: dict[str, Any] = {**given.rules(), "report_only": given.report_only}
     found = deduplicate(pool, **rules, against=against, seed=recipe.seed)
     if not len(found):
         raise RunError(f"duplicates: no row of the pool is left ({found.details['left_out']}); look at 'against'")
