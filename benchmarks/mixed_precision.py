@@ -16,7 +16,7 @@ from krontune.adapters import load_base
 from krontune.adapters.mixed import linears, put_back, quantised, sample_windows, score_layers, token_nll
 from krontune.adapters.precision import assign_bits, importance
 from krontune.recipes.rows import source_rows
-from krontune.recipes.schema import Shipped
+from krontune.recipes.schema_sources import Shipped
 
 SCORE_TOKENS, HELD_OUT_TOKENS, HELD_OUT_FROM = 1024, 2048, 4000
 POINTS = [((16, 8, 4), bits) for bits in (4.0, 5.0, 6.0, 8.0, 16.0)] + [((16, 4), bits) for bits in (5.0, 6.0, 8.0)]

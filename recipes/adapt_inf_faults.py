@@ -3,9 +3,12 @@
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
-from .data_faults import Found, source_faults, tried
-from .schema import AdaptInfSelect, Recipe, Sft
+from .data_faults import Found, pool_seen, source_faults, tried
+from .links import feeder, fresh_adapter, start
+from .schema import Recipe, Sft
+from .schema_rows import AdaptInfSelect
 from .select_adapt_inf import adapt_inf, adapter_section
 from .targets import ConfigError, meta_model
 
@@ -13,7 +16,7 @@ from .targets import ConfigError, meta_model
 def adapt_inf_order(recipe: Recipe, number: int) -> Iterator[tuple[tuple[str | int, ...], str]]:
     """Keys of a stage that do not go together, or not with the other stages. Needs no data."""
     stage = recipe.stages[number]
-    select = recipe.stage("select")
+    select = feeder(recipe, stage)
     if isinstance(stage, Sft) and stage.data == "select" and select is not None:
         sequence = isinstance(select, AdaptInfSelect) and select.datasets is not None
         known = ["random", *(["balanced"] if isinstance(select, AdaptInfSelect) else [])]
@@ -24,10 +27,10 @@ def adapt_inf_order(recipe: Recipe, number: int) -> Iterator[tuple[tuple[str | i
                 yield ("controls", place), f"the control {control!r} needs a select stage {what}; here: {known}"
     if not isinstance(stage, AdaptInfSelect):
         return
-    if (stage.raw is None) == (stage.datasets is None):
-        both = stage.raw is not None
-        what = "raw and datasets exclude each other; leave one out" if both else "missing key 'raw' (or 'datasets')"
-        yield ("datasets" if both else "stage",), what
+    if stage.raw is not None and stage.datasets is not None:
+        yield ("datasets",), "raw and datasets exclude each other; leave one out"
+    elif stage.datasets is None and select is None and not isinstance(stage.raw, list):
+        yield ("stage",), "missing key 'raw' (or 'datasets')"
     if stage.adapter is not None and stage.adapter_from is not None:
         yield ("adapter_from",), "'adapter' is warmed up and 'adapter_from' is trained already; give one of them"
     yield from _score_order(stage)
@@ -40,12 +43,14 @@ def adapt_inf_order(recipe: Recipe, number: int) -> Iterator[tuple[tuple[str | i
         if name in names[:place]:
             yield ("datasets", place, "name"), f"two datasets are called {name!r}; rename one"
     after = recipe.stages[number + 1 :]
-    if not any(isinstance(other, Sft) and other.data == "select" for other in after):
+    if not any(isinstance(other, Sft) and feeder(recipe, other) is stage for other in after):
         yield ("datasets",), "the sft stage trains between datasets, and none with data: select comes after this stage"
     if stage.adapter is not None:
         yield ("adapter",), "over datasets the sft stage's adapter is trained; say there what it is"
-    elif any(isinstance(other, Sft) for other in recipe.stages[:number]):
-        yield ("datasets",), "over datasets the sft stage comes after this one"
+    before = recipe.before(stage, "sft", "rl")
+    if before is not None and stage.adapter_from is not None:
+        continued = recipe.name_of(before)
+        yield ("adapter_from",), f"the adapter of the {continued} stage is trained on; leave 'adapter_from' out"
 
 
 def _score_order(stage: AdaptInfSelect) -> Iterator[tuple[tuple[str | int, ...], str]]:
@@ -92,7 +97,9 @@ def _has_dropout(recipe: Recipe, stage: AdaptInfSelect) -> bool:
     """Whether the adapter that scores, or the base, drops anything; true where that is not known."""
     from torch import nn
 
-    before = [other for other in recipe.stages[: recipe.stages.index(stage)] if isinstance(other, Sft)]
+    begun: Any = start(recipe, stage)
+    while begun is not None and (earlier := start(recipe, begun)) is not None:
+        begun = earlier
     if stage.adapter_from is not None:
         try:
             settings = json.loads((Path(stage.adapter_from) / "adapter_config.json").read_bytes())
@@ -100,7 +107,8 @@ def _has_dropout(recipe: Recipe, stage: AdaptInfSelect) -> bool:
             return True
         own = settings.get("dropout") or settings.get("lora_dropout")
     else:
-        own = (before[-1].adapter if before else adapter_section(recipe, stage)).dropout
+        fresh = adapter_section(recipe, stage) if begun is None else fresh_adapter(recipe, begun)
+        own = fresh is not None and fresh.dropout
     if own:
         return True
     try:
@@ -124,8 +132,8 @@ def adapt_inf_faults(recipe: Recipe, stage: AdaptInfSelect) -> Found:
     if stage.adapter_from is not None and not (Path(stage.adapter_from) / "adapter_config.json").is_file():
         yield ("adapter_from",), f"{stage.adapter_from!r} is no folder with an adapter: it has no adapter_config.json"
     yield from _member_faults(recipe, stage)
-    if stage.raw is not None:
-        pool = yield from source_faults(("raw",), stage.raw)
+    if stage.datasets is None:
+        pool = yield from pool_seen(recipe, stage)
         yield from _too_many(stage, pool.rows, "the pool")
     for number, skill in enumerate(stage.datasets or []):
         rows = yield from source_faults(("datasets", number, "raw"), skill.raw)

@@ -2,6 +2,8 @@
 
 import json
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -16,15 +18,15 @@ from ..rl.checks import CheckResult
 from ..rl.checks.result import not_run
 from ..rl.checks.rows import held_out_overlap, pay_rows, rows_heuristics, rows_soundness, rows_verifier
 from .faults import Fault, RecipeError
+from .links import feeder, rl_of, sources_behind
 from .masking import without_secrets
+from .pool import rows_file
 from .prompts import read_prompts
 from .reward_trial import ROWS, right_forms
 from .rewards import make_reward
 from .rl import make_task, training_rows
 from .rows import Row, source_rows
-from .schema import Recipe, Rl
-from .select import SELECTED
-from .select_adapt_inf import pool_sources
+from .schema import Recipe, Rl, Sft, Verify
 
 FILE_WIDTH = 120
 
@@ -38,33 +40,48 @@ def audit(recipe: Recipe) -> list[CheckResult]:
     Raises:
         RecipeError: there is no rl stage, or its task, data or reward cannot be built.
     """
-    stage = recipe.stage("rl")
-    if stage is None:
+    stages = [stage for stage in recipe.stages if isinstance(stage, Rl)]
+    if not stages:
         raise RecipeError([Fault(recipe.where(("stages",)), "there is no rl stage, so there is no reward to audit")])
-    number = recipe.stages.index(stage)
+    found: list[CheckResult] = []
+    for stage in stages:
+        mine = _of_stage(recipe, stage)
+        # With one there is nothing to tell apart.
+        named = {"stage": recipe.name_of(stage)} if len(stages) > 1 else {}
+        found += [replace(one, details={**named, **one.details}) for one in mine]
+    with _told_of(recipe, stages[0]):
+        found.append(held_out_overlap(_held_out(recipe), training_texts(recipe)))
+    return without_secrets(found)
+
+
+@contextmanager
+def _told_of(recipe: Recipe, stage: Rl) -> Iterator[None]:
+    """What cannot be made or read is a fault of the stage."""
     try:
+        yield
+    except (ValueError, OSError) as error:
+        where = recipe.where(("stages", recipe.place(stage), "stage"))
+        raise RecipeError([Fault(where, " ".join(str(error).split()))]) from error
+
+
+def _of_stage(recipe: Recipe, stage: Rl) -> list[CheckResult]:
+    with _told_of(recipe, stage):
         task = None if stage.task is None else make_task(stage.task)
         rows = [] if task is not None else [dict(row) for row in training_rows(stage, recipe.seed)]
         reward = make_reward(stage, task, recipe.seed)
-        overlap = held_out_overlap(_held_out(recipe), training_texts(recipe))
-    except (ValueError, OSError) as error:
-        where = recipe.where(("stages", number, "stage"))
-        raise RecipeError([Fault(where, " ".join(str(error).split()))]) from error
     try:
         if task is not None and stage.task is not None:
             n = stage.task.n
-            found = [
+            return [
                 checks.soundness(task, n),
                 checks.verifier(reward, task, n),
                 checks.heuristics(task, reward, n),
                 checks.shortcut_ceiling(task, n),
             ]
-        else:
-            found = _of_rows(stage, reward, rows)
+        return _of_rows(stage, reward, rows)
     finally:
         if isinstance(reward, Guarded):
             reward.close()
-    return without_secrets([*found, overlap])
 
 
 def _of_rows(stage: Rl, reward: Any, rows: list[Row]) -> list[CheckResult]:
@@ -90,40 +107,44 @@ def _right(stage: Rl, reward: Any, rows: list[Row]) -> list[str]:
 
 
 def _held_out(recipe: Recipe) -> list[str]:
-    """The prompts of the verify stage."""
-    verify = recipe.stage("verify")
-    if verify is None:
-        return []
-    settings = verify.task or recipe.stage("rl").task
-    asked = make_task(settings)
-    instances = asked.instances(verify.instances, settings.n, verify.seed, "test", settings.discriminating)
-    return [asked.prompt(one) for one in instances]
+    """The prompts of the verify stages."""
+    prompts = []
+    for verify in recipe.stages:
+        if isinstance(verify, Verify):
+            settings = verify.task or rl_of(recipe, verify).task
+            asked = make_task(settings)
+            instances = asked.instances(verify.instances, settings.n, verify.seed, "test", settings.discriminating)
+            prompts += [asked.prompt(one) for one in instances]
+    return list(dict.fromkeys(prompts))
 
 
-def training_texts(recipe: Recipe, run: Path | None = None) -> Iterator[str]:
-    """Whatever the recipe trains on, one text at a time: the sft stage's rows and the rl stage's prompts.
+def training_texts(recipe: Recipe, run: Path | None = None, before: Verify | None = None) -> Iterator[str]:
+    """Whatever the recipe trains on, or the stages before `before`, one text at a time: the rows of sft stages, and
+    then the prompts of rl stages.
 
     Where sft takes what was selected, those are the picks of `run`, or the whole pool where there is no run or it has
-    none yet.
+    none yet; and so with what a dedup stage kept.
 
     Raises:
         RlError, DataSelectionError: as the stages raise where data cannot be made or read.
     """
-    sft, select, rl = recipe.stage("sft"), recipe.stage("select"), recipe.stage("rl")
-    sources = () if sft is None or isinstance(sft.data, str) else sft.data
-    if sft is not None and isinstance(sft.data, str) and select is not None:
-        picked = None if run is None else run / "select" / SELECTED
-        sources = [str(picked)] if picked is not None and picked.is_file() else pool_sources(select)
-    for source in sources:
-        yield from (row_text(row, "data") for row in source_rows(source, "data"))
-    if rl is not None and rl.task is not None:
-        task = make_task(rl.task)
-        drawn = task.instances(rl.instances, rl.task.n, recipe.seed, "train", rl.task.discriminating)
-        yield from (task.prompt(one) for one in drawn)
-    elif rl is not None:
-        for row in read_prompts(rl.data or (), rl.instruction):
-            prompt = row["prompt"]
-            yield prompt if isinstance(prompt, str) else row_text({"messages": prompt}, "data")
+    stages = recipe.stages if before is None else recipe.stages[: recipe.place(before)]
+    for sft in stages:
+        if isinstance(sft, Sft):
+            fed_by = feeder(recipe, sft)
+            made = None if fed_by is None or run is None else rows_file(run, recipe.name_of(fed_by))
+            there = made is not None and made.is_file()
+            for source in [str(made)] if there else sources_behind(recipe, sft):
+                yield from (row_text(row, "data") for row in source_rows(source, "data"))
+    for rl in stages:
+        if isinstance(rl, Rl) and rl.task is not None:
+            task = make_task(rl.task)
+            drawn = task.instances(rl.instances, rl.task.n, recipe.seed, "train", rl.task.discriminating)
+            yield from (task.prompt(one) for one in drawn)
+        elif isinstance(rl, Rl):
+            for row in read_prompts(rl.data or (), rl.instruction):
+                prompt = row["prompt"]
+                yield prompt if isinstance(prompt, str) else row_text({"messages": prompt}, "data")
 
 
 def write_audit(results: Sequence[CheckResult], recipe: Recipe, out: Path) -> str:
@@ -145,11 +166,16 @@ def print_audit(results: Sequence[CheckResult]) -> None:
     for one in results:
         interval = "" if one.ci is None else f"[{one.ci[0]:.3f}, {one.ci[1]:.3f}]"
         value, threshold = ("" if x is None else f"{x:.3f}" for x in (one.value, one.threshold))
-        table.add_row(one.name.replace("_", " "), value, interval, str(one.n), threshold, one.verdict)
+        table.add_row(_name(one), value, interval, str(one.n), threshold, one.verdict)
     console.print(table)
     for one in results:
         if one.verdict != "pass":
-            console.print(f"{one.name.replace('_', ' ')}: {_why(one)}", soft_wrap=True, highlight=False)
+            console.print(f"{_name(one)}: {_why(one)}", soft_wrap=True, highlight=False)
+
+
+def _name(result: CheckResult) -> str:
+    stage = result.details.get("stage")
+    return result.name.replace("_", " ") + (f" ({stage})" if stage else "")
 
 
 def _why(result: CheckResult) -> str:

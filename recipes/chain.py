@@ -10,17 +10,20 @@ from typing import Any
 from .card import CARD
 from .compare import PAGE, publish
 from .content import listed
+from .dedup import run_dedup
 from .errors import explain
 from .faults import RecipeError
 from .history import History
 from .lifelong import is_sequence
 from .masking import hide
+from .names import TRAINED, parts
 from .precision import recipe_plan
 from .preflight import check
 from .processes import processes
 from .rl import run_rl
 from .run_folder import Follower, RunError, RunFolder
-from .schema import AdaptInfSelect, Recipe, Rl, Select, Sft
+from .schema import Recipe, Rl, Sft
+from .schema_rows import AdaptInfSelect, Dedup, Select
 from .select import run_select
 from .select_adapt_inf import run_adapt_inf
 from .sft import run_sft
@@ -109,7 +112,7 @@ def _lead(recipe: Recipe, path: Path, say: Callable[[str], None], share: Sequenc
                     "until this stage is done, then go on with one"
                 )
             history.expect(step, say)
-            if folder.processes.count > 1 and not isinstance(step.stage, Select):
+            if folder.processes.count > 1 and not isinstance(step.stage, Select | Dedup):
                 recipe_plan(recipe.base, path)  # which the others then read
             if isinstance(step.stage, Sft | Rl):
                 folder.processes.agree(lambda name=step.name: name)
@@ -160,23 +163,25 @@ def _takes_one_process(recipe: Recipe, step: Step) -> bool:
 
 
 def _do(recipe: Recipe, step: Step, folder: RunFolder) -> None:
-    if isinstance(step.stage, AdaptInfSelect):
-        run_adapt_inf(recipe, step.stage, folder)
+    if isinstance(step.stage, Dedup):
+        run_dedup(recipe, step, folder)
+    elif isinstance(step.stage, AdaptInfSelect):
+        run_adapt_inf(recipe, step, folder)
     elif isinstance(step.stage, Select):
-        run_select(recipe, step.stage, folder)
+        run_select(recipe, step, folder)
     elif isinstance(step.stage, Sft):
-        run_sft(recipe, step.stage, folder, step.control)
+        run_sft(recipe, step, folder)
     elif isinstance(step.stage, Rl):
-        run_rl(recipe, step.stage, folder, step.control)
+        run_rl(recipe, step, folder)
     else:
-        run_verify(recipe, step.stage, folder, list(step.needs))
+        run_verify(recipe, step, folder)
 
 
 def _publish_adapter(recipe: Recipe, folder: RunFolder) -> None:
     """Copy the last trained adapter to where users look for it, unless it is there; where nothing is trained, remove
     what an earlier recipe put there."""
     public, beside = folder.path / ADAPTER, folder.path / f".{ADAPTER}"
-    trained = [stage.stage for stage in recipe.stages if stage.stage in ("sft", "rl")]
+    trained = [name for name in recipe.names if parts(name).kind in TRAINED]
     source = folder.path / trained[-1] / ADAPTER if trained else None
     if source is not None and _files_of(public) == _files_of(source):
         return

@@ -58,10 +58,9 @@ def _flat(value: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, .
 
 def _said(path: tuple[str, ...], old: dict[Any, Any], new: dict[Any, Any]) -> str:
     part, *rest = path
-    if part == "needs":
-        return f"{rest[0]} made something else"
-    if part == "files":
-        what = "changed" if path in old and path in new else "is new" if path in new else "is no longer read"
+    if part in ("needs", "files"):
+        another = "made something else" if part == "needs" else "changed"
+        what = another if path in old and path in new else "is new" if path in new else "is no longer read"
         return f"{rest[0]} {what}"
     name = ".".join(rest if part == "stage" else path)
     was, now = (json.dumps(values[path]) if path in values else "default" for values in (old, new))

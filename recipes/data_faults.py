@@ -12,9 +12,12 @@ from ..data_selection import Dsir
 from ..data_selection.arguments import caps_of, rules_of, shares_of
 from ..data_selection.duplicates import deduplicate
 from ..data_selection.texts import row_text
+from .links import feeder, own_sources, sources_behind
 from .needs import out_of_reach
 from .rows import source_rows
-from .schema import Columns, HubRows, Neural, Recipe, Select, Source
+from .schema import Recipe
+from .schema_rows import AdaptInfSelect, Copies, Dedup, Neural, Select
+from .schema_sources import Columns, HubRows, Source
 from .select import dsir_settings, make_neural, spelled_caps
 
 # Of a larger file only the first rows are looked at, lest a check takes hours; a fault further on ends the run with
@@ -90,20 +93,50 @@ def select_gaps(stage: Select) -> Found:
             yield (other,), f"{one!r} and {other!r} both say {what}; give one of them"
 
 
+def pool_seen(
+    recipe: Recipe, stage: Select | AdaptInfSelect
+) -> Generator[tuple[tuple[str | int, ...], str], None, Seen]:
+    """What the pool of a select stage holds; of rows that a dedup stage keeps, at most, and its faults are told of that
+    stage."""
+    before = feeder(recipe, stage)
+    if before is None:
+        return (yield from source_faults(("raw",), own_sources(stage)))
+    return exhausted(source_faults(("data",), sources_behind(recipe, before)))
+
+
+def exhausted(finder: Generator[Any, None, Seen]) -> Seen:
+    """What a generator of faults returns at its end."""
+    while True:
+        try:
+            next(finder)
+        except StopIteration as end:
+            return end.value
+
+
+def dedup_faults(recipe: Recipe, stage: Dedup) -> Found:
+    """Data that cannot be read, and keys that do not go together."""
+    if isinstance(stage.data, list):
+        yield from source_faults(("data",), stage.data)
+    yield from _copies_faults((), stage, stage.rules())
+
+
 def select_faults(recipe: Recipe, stage: Select) -> Found:
     """Data that cannot be read, keys that do not go together, and more picks than there are rows."""
-    pool = yield from source_faults(("raw",), stage.raw)
+    pool = yield from pool_seen(recipe, stage)
     if stage.target is not None:
         yield from source_faults(("target",), stage.target)
     for name, sources in (stage.targets or {}).items():
         yield from source_faults(("targets", name), sources)
     if isinstance(stage.k, int) and pool.rows and stage.k > pool.rows and stage.chunk_words is None:
-        yield ("k",), f"k is {stage.k} and the pool has {pool.rows} rows; give at most {pool.rows}"
+        holds = "the pool has" if feeder(recipe, stage) is None else "dedup looks through"
+        yield ("k",), f"k is {stage.k} and {holds} {pool.rows} rows; give at most {pool.rows}"
     yield from _setting_faults(stage)
-    unknown = sorted(set(spelled_caps(stage) or ()) - pool.sources)
+    unknown = sorted(set(spelled_caps(stage, sources_behind(recipe, stage)) or ()) - pool.sources)
     if unknown and pool.rows:
         yield ("source_caps",), f"no row of the pool has the source {unknown}; there are {sorted(pool.sources)[:20]}"
-    yield from _duplicate_faults(stage)
+    if stage.duplicates is not None:
+        rules = stage.duplicates.rules() | {"report_only": stage.duplicates.report_only}
+        yield from _copies_faults(("duplicates",), stage.duplicates, rules, target=stage.duplicates.against_target)
     if stage.neural is not None:
         yield from _neural_faults(recipe, stage, stage.neural)
     if stage.engine == "ray" and find_spec("ray") is None:
@@ -126,17 +159,11 @@ def _setting_faults(stage: Select) -> Found:
     yield from tried((), lambda: rules_of(1, (1.0,), 1.0, **rules), keys)
 
 
-def _duplicate_faults(stage: Select) -> Found:
-    if stage.duplicates is None:
-        return
-    for name, sources in stage.duplicates.against.items():
-        yield from source_faults(("duplicates", "against", name), sources)
-    given = stage.duplicates
-    options = given.model_dump(exclude={"against", "against_target"})
-    against = {name: ["other words"] for name in [*given.against, *(["target"] if given.against_target else [])]}
-    yield from tried(
-        ("duplicates",), lambda: deduplicate(["one text"], **options, against=against), tuple(type(given).model_fields)
-    )
+def _copies_faults(at: tuple[str, ...], given: Copies, rules: dict[str, Any], target: bool = False) -> Found:
+    for name, sources in given.against.items():
+        yield from source_faults((*at, "against", name), sources)
+    against = {name: ["other words"] for name in [*given.against, *(["target"] if target else [])]}
+    yield from tried(at, lambda: deduplicate(["one text"], **rules, against=against), tuple(type(given).model_fields))
 
 
 def _neural_faults(recipe: Recipe, stage: Select, neural: Neural) -> Found:

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-STAGE_NAMES = {"base": "base model", "sft": "after sft", "rl": "after rl"}
+from .names import TRAINED, parts
 
 # What each check asks, in one line.
 ASKS = {
@@ -58,8 +58,9 @@ def storage(base: Mapping[str, Any]) -> str | None:
 
 def model_name(name: str) -> str:
     """base, sft, sft-random, rl... in words."""
-    stage, _, control = name.partition("-")
-    return STAGE_NAMES.get(stage, stage) + (f" on the {control} control" if control else "")
+    found = parts(name)
+    words = f"after {found.stage}" if found.kind in TRAINED else {"base": "base model"}.get(name, name)
+    return words + (f" on the {found.control} control" if found.control else "")
 
 
 def check_name(one: Mapping[str, Any]) -> str:

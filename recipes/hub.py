@@ -18,6 +18,7 @@ from ..data_selection.selection import write_atomic
 from .card import CARD, hub_base, model_card
 from .compare import PAGE
 from .masking import each_text, hide, short_name, without_paths
+from .names import numbered, parts
 from .page import run_page
 from .pictures import holds_pictures, located
 from .run_folder import RunError, yaml_text
@@ -107,9 +108,13 @@ def push(
 
 def _step_names(recipe: dict[str, Any]) -> Iterator[str]:
     """Of the stages and their controls; one that runs anew is in no record until it is done."""
-    for stage in recipe["stages"]:
-        yield stage["stage"]
-        yield from (f"{stage['stage']}-{control}" for control in stage.get("controls") or ())
+    for name, stage in zip(_names(recipe), recipe["stages"], strict=True):
+        yield name
+        yield from (f"{name}-{control}" for control in stage.get("controls") or ())
+
+
+def _names(recipe: dict[str, Any]) -> list[str]:
+    return numbered(stage["stage"] for stage in recipe["stages"])
 
 
 # ---------------------------------------------------------------- what is pushed
@@ -170,23 +175,24 @@ def published(run: RunFiles) -> RunFiles:
             text = text.replace(path, name)
         return text
 
-    record, verify, report = (each_text(part, cut) for part in (run.record, run.verify, run.report))
-    return replace(run, recipe=recipe, recipe_text=yaml_text(recipe), record=record, verify=verify, report=report)
+    record, verified, report = (each_text(part, cut) for part in (run.record, run.verified, run.report))
+    return replace(run, recipe=recipe, recipe_text=yaml_text(recipe), record=record, verified=verified, report=report)
 
 
 def _dataset_files(run: RunFiles, folder: Path) -> Files:
-    """The rows that were picked, as `krontune.data_selection.outputs` writes them. The pool is not read again."""
-    stage = next((one for one in run.recipe["stages"] if one["stage"] == "select"), None)
-    place = run.path / "select"
-    if stage is None or not (place / "selection").is_dir() or not (place / SELECTED).is_file():
+    """The rows that the last select stage picked, as `krontune.data_selection.outputs` writes them. The pool is not
+    read again."""
+    name = next((name for name in reversed(_names(run.recipe)) if parts(name).kind == "select"), "select")
+    place = run.path / name
+    if not (place / "selection").is_dir() or not (place / SELECTED).is_file():
         raise RunError(f"{run.path} holds no selection: only a select stage has rows to push")
     with (place / SELECTED).open(encoding="utf-8") as lines:
         if any(holds_pictures(located(json.loads(line), place)) for line in lines):
             raise RunError("the picked rows hold pictures, which are not pushed; leave the data set out")
     picked = Selection.load(place / "selection")
-    paths = [source if isinstance(source, str) else source.get("path") for source in _listed(stage.get("raw"))]
+    paths = [source if isinstance(source, str) else source.get("path") for source in _pool(run.recipe, name)]
     names = {path: Path(path).name for path in paths if path}
-    recorded = run.stages.get("select", {})
+    recorded = run.stages.get(name, {})
     facts: dict[str, Any] = dict(picked.details)
     facts["pool"] = ", ".join(names.values()) or "made by krontune"
     if "kl_reduction" in recorded:
@@ -196,6 +202,17 @@ def _dataset_files(run: RunFiles, folder: Path) -> Files:
     dsir = Dsir.load(place / ESTIMATOR) if (place / ESTIMATOR / "dsir.json").is_file() else None
     write_dataset(cut, folder, _Picks(place / SELECTED, cut, names), dsir)
     return {file.relative_to(folder).as_posix(): file for file in sorted(folder.rglob("*")) if file.is_file()}
+
+
+def _pool(recipe: dict[str, Any], name: str) -> list[Any]:
+    """The sources that the rows of a select or dedup stage come from in the end."""
+    stages = dict(zip(_names(recipe), recipe["stages"], strict=True))
+    kind = "dedup" if parts(name).kind == "select" else "select"
+    named = stages[name].get("raw" if kind == "dedup" else "data")
+    if named not in (None, kind):
+        return _listed(named)
+    before = [one for one in list(stages)[: list(stages).index(name)] if parts(one).kind == kind]
+    return _pool(recipe, before[-1]) if before else []
 
 
 class _Picks:

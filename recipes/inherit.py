@@ -5,13 +5,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from .faults import Fault, RecipeError
+from .names import KINDS
 from .yaml12 import Document, kind_of, read
 from .yaml12 import Path as Place
 
 KEY = "extends"
 OWN = ("name", "description", "sweep", "hub")  # of each recipe: two would share a run folder, or a repository
 WHOLE = ("raw", "target", "data")  # replaced as they stand: two kinds of source do not mix
-ORDER = ("select", "dedup", "sft", "rl", "verify")
 
 
 class Node(NamedTuple):
@@ -24,8 +24,10 @@ class Node(NamedTuple):
 def inherited(document: Document, folder: Path | None, shipped_text: Callable[[str], str]) -> Document:
     """The document with what it extends put under it, and no `extends` left.
 
-    Mappings are merged key by key, and `stages` stage by stage, found by the kind; a stage that the parent lacks is put
-    where its kind belongs: select, sft, rl, verify. All else is replaced. Every key keeps the place where it stands.
+    Mappings are merged key by key, and `stages` stage by stage, the first sft with the first, the second with the
+    second. Of a kind that the parent lacks, a stage is put where the kind belongs: dedup, select, sft, rl, verify; one
+    more of a kind stands after the one that it follows here. All else is replaced. Every key keeps the place where it
+    stands.
 
     folder: of the document's file, where its parent is looked for; None for a recipe that comes with krontune.
 
@@ -82,14 +84,20 @@ def _merged(below: Node, over: Node, at: tuple[str, ...]) -> Node:
     if at == ("stages",) and _are_stages(below) and _are_stages(over):
         found = list(below.value)
         free = list(below.value)  # not merged with any yet
-        for new in over.value:
+        place = -1  # of the stage before
+        for number, new in enumerate(over.value):
             old = next((one for one in free if _kind(one) == _kind(new)), None)
             if old is not None:
                 free = [one for one in free if one is not old]
-                found = [_merged(old, new, (*at, _kind(new))) if one is old else one for one in found]
+                place = next(spot for spot, one in enumerate(found) if one is old)
+                found[place] = _merged(old, new, (*at, _kind(new)))
+                continue
+            later = [number for number, one in enumerate(found) if _rank(_kind(one)) > _rank(_kind(new))]
+            if any(_kind(one) == _kind(new) for one in over.value[:number]):
+                place += 1
             else:
-                later = [number for number, one in enumerate(found) if _rank(_kind(one)) > _rank(_kind(new))]
-                found.insert(later[0] if later else len(found), new)
+                place = later[0] if later else len(found)
+            found.insert(place, new)
         return Node(over.place, found)
     return over
 
@@ -105,7 +113,7 @@ def _kind(stage: Node) -> Any:
 
 
 def _rank(kind: str) -> int:
-    return ORDER.index(kind) if kind in ORDER else len(ORDER)
+    return KINDS.index(kind) if kind in KINDS else len(KINDS)
 
 
 def _tree(document: Document, at: Place, value: Any) -> Node:

@@ -8,11 +8,15 @@ from typing import Any
 from .checkpoints import SAVING
 from .content import Digests, Inputs, key_of
 from .lifelong import is_sequence
+from .links import feeder, own_sources, rl_of
 from .masking import hidden
 from .own import is_own, source_of
-from .schema import AdaptInfSelect, Columns, HubRows, Recipe, Rl, RowSource, Select, Sft, Source
+from .pool import KEPT
+from .schema import Recipe, Rl, Sft, Verify
+from .schema_rows import AdaptInfSelect, Dedup, Select
+from .schema_sources import Columns, HubRows, RowSource, Source
 from .select import BALANCED, CONTROL, SELECTED
-from .select_adapt_inf import DATASETS, WARM_UP, adapter_section, pool_sources
+from .select_adapt_inf import DATASETS, WARM_UP, adapter_section
 from .steps import Step
 from .trainer_args import given
 from .training import ADAPTER
@@ -31,16 +35,24 @@ def settings_of(recipe: Recipe, step: Step) -> Inputs:
     """The part of the inputs that stands in the recipe; defaults are left out, so that a key that a later version adds
     changes nothing."""
     found: Inputs = {"seed": recipe.seed, "stage": _section(step.stage), "control": step.control}
-    if not isinstance(step.stage, Select):
+    if not isinstance(step.stage, Select | Dedup):
         found["base"] = recipe.base.model_dump(exclude_defaults=True)
     if isinstance(step.stage, AdaptInfSelect):  # it may warm up a later stage's adapter
         found["adapter"] = adapter_section(recipe, step.stage).model_dump(exclude_defaults=True)
     if isinstance(step.stage, Sft) and is_sequence(recipe, step.stage):  # it picks itself
-        found["select"] = _section(recipe.stage("select"))
-    if step.stage.stage == "verify" and (rl := recipe.stage("rl")) is not None:
-        found["rl"] = _section(rl)
+        found["select"] = _section(feeder(recipe, step.stage))
+    if isinstance(step.stage, Verify) and (rl := rl_of(recipe, step.stage)) is not None:
+        found["rl"] = _section(rl) if recipe.place(rl) < recipe.place(step.stage) else _rewarded(rl)
     # Written down: without secrets, and with every other value, whatever its key is called.
     return hidden(json.loads(json.dumps(found, default=str)))
+
+
+def _rewarded(rl: Rl) -> dict[str, Any]:
+    """What a verify stage reads of an rl stage that comes after it: the reward that it checks, and the size of the
+    groups that it looks for head-room in."""
+    values = _section(rl)
+    kept = {key: values[key] for key in ("task", "reward", "reward_options", "guard") if key in values}
+    return kept | {"num_generations": given(rl.trainer).get("num_generations")}
 
 
 def _section(stage: Any) -> dict[str, Any]:
@@ -50,6 +62,8 @@ def _section(stage: Any) -> dict[str, Any]:
     for key in ("credit", "risk", "guard"):
         if isinstance(values.get(key), dict):
             values[key] = given(getattr(stage, key))
+    if isinstance(stage, Sft) and not values.get("adapter"):  # spelled out or not, it is the same
+        values.pop("adapter", None)
     return values
 
 
@@ -57,7 +71,7 @@ def made_by(name: str, run: Path, digests: Digests) -> str:
     """The content of what a finished step hands on: an adapter, or the picked rows."""
     folder = run / name
     made = [path for part in (ADAPTER, WARM_UP, DATASETS) for path in (folder / part).rglob("*")]
-    made += [folder / SELECTED, folder / CONTROL, folder / BALANCED]
+    made += [folder / KEPT, folder / SELECTED, folder / CONTROL, folder / BALANCED]
     files = {str(path.relative_to(folder)): digests.of(path) for path in sorted(made) if path.is_file()}
     return key_of(files)
 
@@ -65,23 +79,26 @@ def made_by(name: str, run: Path, digests: Digests) -> str:
 def _files(recipe: Recipe, step: Step) -> Iterator[Path]:
     stage = step.stage
     if isinstance(stage, AdaptInfSelect):
-        yield from _paths([*pool_sources(stage), *(one for skill in stage.datasets or [] for one in skill.test or [])])
+        yield from _paths([*own_sources(stage), *(one for skill in stage.datasets or [] for one in skill.test or [])])
         if stage.adapter_from is not None:
             yield from sorted(Path(stage.adapter_from).glob("adapter_*"))
         for member in stage.members if isinstance(stage.members, list) else ():
             yield from sorted(Path(member).glob("adapter_*"))
     elif isinstance(stage, Select):
-        sources = [*stage.raw, *(stage.target or []), *(one for some in (stage.targets or {}).values() for one in some)]
+        sources = own_sources(stage)
+        sources += [*(stage.target or []), *(one for some in (stage.targets or {}).values() for one in some)]
         if stage.duplicates is not None:
             sources += [one for some in stage.duplicates.against.values() for one in some]
         yield from _paths(sources)
+    elif isinstance(stage, Dedup):
+        yield from _paths([*own_sources(stage), *(one for some in stage.against.values() for one in some)])
     elif isinstance(stage, Sft):
-        yield from () if isinstance(stage.data, str) else _paths(stage.data)
-        select = recipe.stage("select")
+        yield from _paths(own_sources(stage))
+        select = feeder(recipe, stage)
         if is_sequence(recipe, stage) and select.adapter_from is not None:  # with which every policy begins
             yield from sorted(Path(select.adapter_from).glob("adapter_*"))
     else:
-        rl = recipe.stage("rl") if stage.stage == "verify" else stage
+        rl = rl_of(recipe, stage) if isinstance(stage, Verify) else stage
         named = [one.task.name for one in (stage, rl) if one is not None and one.task is not None]
         named += [] if rl is None else [rl.reward]
         yield from (path for name in named if is_own(name) and (path := source_of(name)) is not None)

@@ -23,13 +23,16 @@ from ..data_selection import Store, score_samples
 from ..data_selection.lifelong import MODEL, lifelong
 from ..data_selection.performance import answer_performance
 from ..data_selection.selection import write_atomic
+from .links import feeder
+from .pool import INPUTS, read_if_there
 from .precision import save_plan
 from .progress import Report
 from .rows import Row, fingerprint, tokenize
 from .run_folder import RunError, RunFolder
-from .schema import AdaptInfSelect, Recipe, Sft
-from .select import INPUTS, read_if_there
+from .schema import Recipe, Sft
+from .schema_rows import AdaptInfSelect
 from .select_adapt_inf import adapt_inf, budget_of, prepared, scoring_settings, start_adapter
+from .steps import Step
 from .trainer_args import given
 from .training import ADAPTER, exact_parameters, saved_adapter, trainer_arguments
 
@@ -38,16 +41,17 @@ STEPS, TAKEN = "lifelong", "taken.json"
 
 def is_sequence(recipe: Recipe, stage: Sft) -> bool:
     """Whether the stage trains on a sequence of datasets."""
-    select = recipe.stage("select")
-    return stage.data == "select" and isinstance(select, AdaptInfSelect) and select.datasets is not None
+    select = feeder(recipe, stage)
+    return isinstance(select, AdaptInfSelect) and select.datasets is not None
 
 
-def run_lifelong(recipe: Recipe, stage: Sft, run: RunFolder, control: str | None = None) -> None:
+def run_lifelong(recipe: Recipe, step: Step, run: RunFolder) -> None:
     """Learn the datasets of the select stage in sequence, by Adapt-inf's picks or by those of a control."""
-    select: AdaptInfSelect = recipe.stage("select")
-    name = f"sft-{control}" if control else "sft"
-    data, tests = prepared(select, run)
-    start = start_adapter(select, run)
+    name, stage = step.name, step.stage
+    assert isinstance(stage, Sft)
+    select: AdaptInfSelect = feeder(recipe, stage)
+    data, tests = prepared(select, run.path / str(step.rows))
+    start = start_adapter(select, step, run)
     key = _key(stage, tests, start)
     inputs = json.dumps({**key, "data": {skill: fingerprint(rows) for skill, rows in data.items()}}, indent=1)
     same = read_if_there(run.path / name / INPUTS) == inputs
@@ -61,7 +65,7 @@ def run_lifelong(recipe: Recipe, stage: Sft, run: RunFolder, control: str | None
         learner,
         budget=budget,
         keep=select.keep,
-        policy=control or "adapt_inf",  # type: ignore[arg-type]
+        policy=step.control or "adapt_inf",  # type: ignore[arg-type]
         method=adapt_inf(select),
         seed=recipe.seed,
         out_dir=folder / STEPS,

@@ -12,11 +12,13 @@ from .adapt_inf_faults import adapt_inf_order
 from .data_faults import select_gaps
 from .faults import Fault, RecipeError, faults_from_validation
 from .inherit import inherited
+from .links import feeder
 from .masking import learn, learn_override
 from .overrides import apply_overrides
 from .own import ALLOW_LATER, is_own, not_allowed
 from .run_folder import recipe_text
-from .schema import Recipe, Rl, Select
+from .schema import Recipe, Rl, Sft, Verify
+from .schema_rows import AdaptInfSelect, Dedup, Select
 from .shipped import shipped_text
 from .trainer_args import set_by_krontune
 from .yaml12 import Document, read, shorten
@@ -119,31 +121,55 @@ def _own_keys(document: Document) -> Iterator[tuple[str, str, str]]:
 
 def _order_faults(recipe: Recipe) -> Iterator[tuple[tuple[str | int, ...], str]]:
     """What no single section can know: which stages there are, and in which order."""
-    before: list[str] = []
     for number, stage in enumerate(recipe.stages):
-        at = ("stages", number, "stage")
-        if stage.stage in before:
-            yield at, f"a second {stage.stage} stage; a recipe has at most one of each kind"
-        if isinstance(stage, Select):
-            yield from ((("stages", number, *path), message) for path, message in select_gaps(stage))
-        if stage.stage == "sft" and stage.data == "select" and "select" not in before:
-            yield at, "the sft stage trains on what 'select' picked, and none comes before; add one, or give data"
-        if stage.stage == "sft" and stage.controls and stage.data != "select":
-            yield ("stages", number, "controls"), "a random control needs the pool of a select stage; give data: select"
-        yield from ((("stages", number, *path), message) for path, message in adapt_inf_order(recipe, number))
-        if stage.stage == "rl" and "sft" not in before and stage.adapter is None:
-            yield at, "the rl stage continues an sft stage's adapter, and none comes before; add one, or give adapter"
-        if stage.stage == "rl" and "sft" in before and stage.adapter is not None:
-            yield ("stages", number, "adapter"), "the rl stage continues the sft stage's adapter; leave 'adapter' out"
-        if stage.stage == "verify" and stage.task is None:
-            rl = recipe.stage("rl") if "rl" in before else None
-            if rl is None:
-                yield at, "the verify stage takes its task from an rl stage, and none comes before it; give task"
-            elif rl.task is None:
-                yield at, "the verify stage takes its task from the rl stage, which has data and no task; give task"
+        found = [*_row_faults(recipe, stage), *adapt_inf_order(recipe, number)]
+        if isinstance(stage, Sft | Rl):
+            found += _adapter_faults(recipe, stage)
         if isinstance(stage, Rl):
-            yield from ((("stages", number, *path), message) for path, message in _rl_faults(stage))
-        before.append(stage.stage)
+            found += _rl_faults(stage)
+        if isinstance(stage, Verify) and stage.task is None:
+            rl = recipe.before(stage, "rl")
+            if rl is None:
+                why = "an rl stage, and none comes before it; give task"
+                found.append((("stage",), f"the verify stage takes its task from {why}"))
+            elif rl.task is None:
+                why = "the rl stage, which has data and no task; give task"
+                found.append((("stage",), f"the verify stage takes its task from {why}"))
+        yield from ((("stages", number, *path), message) for path, message in found)
+
+
+def _row_faults(recipe: Recipe, stage: Any) -> Iterator[tuple[tuple[str | int, ...], str]]:
+    """Where the rows of a stage come from: a stage of which there is none before, or one that writes none."""
+    before = feeder(recipe, stage)
+    if isinstance(stage, Select):
+        if before is None and not isinstance(stage.raw, list):
+            yield ("stage",), "missing key 'raw' (The pool to pick from; or put a dedup stage before)"
+        yield from select_gaps(stage)
+    if isinstance(stage, Sft):
+        if stage.data == "select" and before is None:
+            other = ", or data: dedup" if recipe.before(stage, "dedup") else ""
+            what = f"what 'select' picked, and none comes before; add one, or give data{other}"
+            yield ("stage",), f"the sft stage trains on {what}"
+        if stage.data == "dedup" and before is None:
+            yield ("data",), "the sft stage trains on what 'dedup' kept, and none comes before; add one, or give data"
+        if stage.controls and stage.data != "select":
+            yield ("controls",), "a random control needs the pool of a select stage; give data: select"
+    if isinstance(stage, Dedup) and stage.data == "select":
+        if before is None:
+            yield ("data",), "the dedup stage looks through what 'select' picked, and none comes before; give sources"
+        elif isinstance(before, AdaptInfSelect) and before.datasets is not None:
+            yield ("data",), "over datasets the select stage writes no picks; give sources"
+
+
+def _adapter_faults(recipe: Recipe, stage: Sft | Rl) -> Iterator[tuple[tuple[str | int, ...], str]]:
+    """A training stage begins with an adapter of its own or with the newest one, and not with both."""
+    before = recipe.before(stage, "sft", "rl")
+    if before is None and isinstance(stage, Rl) and stage.adapter is None:
+        what = "an sft stage's adapter, and none comes before; add one, or give adapter"
+        yield ("stage",), f"the rl stage continues {what}"
+    if before is not None and stage.adapter is not None:
+        continued = recipe.name_of(before)
+        yield ("adapter",), f"the {stage.stage} stage continues the {continued} stage's adapter; leave 'adapter' out"
 
 
 def _rl_faults(stage: Rl) -> Iterator[tuple[tuple[str | int, ...], str]]:

@@ -15,7 +15,8 @@ from transformers.pytorch_utils import Conv1D
 
 from ..adapters.kronecker import weight_is_cheaper
 from ..rl.rollout_cache import BITS, group_size
-from .schema import BaseModelSection, Rl, Sft
+from .schema import Rl, Sft
+from .schema_model import BaseModelSection
 from .targets import Size, Targets
 from .trainer_args import value_of
 
@@ -288,7 +289,8 @@ def readable(size: float) -> str:
 
 
 def sft_memory(model: Any, base: BaseModelSection, stage: Sft, targets: Targets, length: int, triton: bool) -> Memory:
-    """model: of the base without adapter, on the meta device. length: tokens of the longest row after the cut."""
+    """model: of the base without adapter, on the meta device. length: tokens of the longest row after the cut. The
+    stage's adapter and the targets are those that are trained on."""
     trainer = stage.trainer
     activations, logits = training_bytes(
         model.config,
@@ -298,14 +300,14 @@ def sft_memory(model: Any, base: BaseModelSection, stage: Sft, targets: Targets,
         attention=base.attn_implementation or "sdpa",
         checkpointing=bool(value_of(trainer, "gradient_checkpointing")),
         triton=triton,
-        dropout=stage.adapter.dropout > 0,
+        dropout=bool(stage.adapter and stage.adapter.dropout > 0),
     )
     adapter = adapter_bytes(targets.trainable, value_of(trainer, "optim"))
     return Memory(base_bytes(model, base), *adapter, activations, logits)
 
 
 def rl_memory(model: Any, base: BaseModelSection, stage: Rl, targets: Targets, prompt: int, triton: bool) -> Memory:
-    """prompt: tokens of the longest prompt. The targets are those of the adapter that is trained on."""
+    """prompt: tokens of the longest prompt. The stage's adapter and the targets are those that are trained on."""
     trainer = stage.trainer
     batch, group = (value_of(trainer, key) for key in ("per_device_train_batch_size", "num_generations"))
     completion = value_of(trainer, "max_completion_length")

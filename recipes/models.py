@@ -28,10 +28,16 @@ class Model:
     """
 
     def __init__(
-        self, name: str, recipe: Recipe, stage: Verify, adapter: Path | None, answers: Path, base: Callable[[], Any]
+        self,
+        name: str,
+        recipe: Recipe,
+        stage: Verify,
+        adapter: Path | None,
+        answers: Sequence[Path],
+        base: Callable[[], Any],
     ) -> None:
-        """adapter: None for the base alone. answers: the folder of the files. base: gives the base and its tokenizer,
-        the same objects on each call."""
+        """adapter: None for the base alone. answers: folders to look for the files in; they are written to the first.
+        base: gives the base and its tokenizer, the same objects on each call."""
         self.name, self.stage, self.adapter, self.answers, self.base = name, stage, adapter, answers, base
         self.dense = recipe.base.dense_generation
         self.weights = hashlib.sha256(json.dumps(recipe.base.model_dump(), sort_keys=True).encode())
@@ -109,12 +115,13 @@ class Model:
     def _once(self, label: str, question: Any, way: Callable[[], Any]) -> Any:
         digest = self.weights.copy()
         digest.update(json.dumps(question).encode())
-        file = self.answers / f"{self.name}-{label.replace(' ', '-')}-{digest.hexdigest()[:16]}.json"
-        if file.is_file():
-            return json.loads(file.read_text(encoding="utf-8"))
+        name = f"{self.name}-{label.replace(' ', '-')}-{digest.hexdigest()[:16]}.json"
+        for folder in self.answers:
+            if (folder / name).is_file():
+                return json.loads((folder / name).read_text(encoding="utf-8"))
         found = way()
-        self.answers.mkdir(exist_ok=True)
-        write_atomic(file, json.dumps(found).encode())
+        self.answers[0].mkdir(exist_ok=True)
+        write_atomic(self.answers[0] / name, json.dumps(found).encode())
         return found
 
     def close(self) -> None:
@@ -127,7 +134,7 @@ class Model:
 
     @classmethod
     def of_stage(
-        cls, name: str, recipe: Recipe, stage: Verify, run: Path, answers: Path, base: Callable[[], Any]
+        cls, name: str, recipe: Recipe, stage: Verify, run: Path, answers: Sequence[Path], base: Callable[[], Any]
     ) -> "Model":
         """The base, or what the training stage of this name saved."""
         return cls(name, recipe, stage, None if name == "base" else run / name / ADAPTER, answers, base)

@@ -18,7 +18,10 @@ from ..adapters.base import resolve_model
 from ..adapters.embedded import NAME
 from ..data_selection import DataSelectionError
 from ..data_selection.texts import read_rows
-from .schema import AdaptInfSelect, HubRows, Recipe, Rl, RowSource, Select, Source, Stage, Verify
+from .links import feeder, own_sources
+from .schema import Recipe, Rl, Sft, Stage
+from .schema_rows import AdaptInfSelect, Dedup, Select
+from .schema_sources import HubRows, RowSource, Source
 from .trainer_args import given
 
 HUB_TIMEOUT_S = 5.0
@@ -42,7 +45,9 @@ def notes(recipe: Recipe) -> list[str]:
                 reach = f", which does not answer; {unchecked} not checked" if out_of_reach(data) else ""
                 found.append(f"data set {data.hub!r} comes from the Hub{reach}")
         if isinstance(stage, Rl) and not torch.accelerator.is_available():
-            found += _work(stage)
+            found += _work(stage, recipe.name_of(stage))
+        if isinstance(stage, Dedup):
+            found += _unread(recipe, stage)
     from .hub_check import hub_notes  # which takes the timeout from here
 
     return [*found, *hub_notes(recipe)]
@@ -51,32 +56,43 @@ def notes(recipe: Recipe) -> list[str]:
 def _sources(stage: Stage) -> Sequence[Source | RowSource]:
     """All data that the stage reads."""
     if isinstance(stage, AdaptInfSelect):
-        return [
-            *(stage.raw or ()),
-            *(one for skill in stage.datasets or () for one in (*skill.raw, *(skill.test or ()))),
-        ]
+        return [*own_sources(stage), *(one for skill in stage.datasets or () for one in skill.test or ())]
     if isinstance(stage, Select):
-        return [*stage.raw, *(stage.target or ()), *chain.from_iterable((stage.targets or {}).values())]
-    if isinstance(stage, Verify) or stage.data is None or isinstance(stage.data, str):
-        return ()
-    return stage.data
+        return [*own_sources(stage), *(stage.target or ()), *chain.from_iterable((stage.targets or {}).values())]
+    if isinstance(stage, Dedup):
+        return [*own_sources(stage), *chain.from_iterable(stage.against.values())]
+    if isinstance(stage, Sft):
+        return own_sources(stage)
+    return (isinstance(stage, Rl) and stage.data) or ()
 
 
-def _work(stage: Rl) -> Iterator[str]:
+def _unread(recipe: Recipe, stage: Dedup) -> Iterator[str]:
+    """A dedup stage before others, of which none takes its rows."""
+    after = recipe.stages[recipe.place(stage) + 1 :]
+    if any(isinstance(one, Select | AdaptInfSelect | Sft) for one in after) and not any(
+        feeder(recipe, one) is stage for one in after
+    ):
+        yield (
+            f"no stage reads the rows that {recipe.name_of(stage)} keeps: leave raw out of a select stage after it, or "
+            "give an sft stage data: dedup"
+        )
+
+
+def _work(stage: Rl, name: str) -> Iterator[str]:
     """What an rl stage generates, where that is too much for a CPU."""
     steps = steps_of(stage)
     if steps is None:
         yield (
-            "how many steps the rl stage takes is not known, as its rows were not counted: whether it needs a GPU, "
-            "which is not here, cannot be said; max_steps would bound it"
+            f"how many steps the {name} stage takes is not known, as its rows were not counted: whether it needs a "
+            "GPU, which is not here, cannot be said; max_steps would bound it"
         )
         return
     length = _given_or_default(given(stage.trainer), "max_completion_length") or 0
     tokens = steps * batch_of(stage) * length * (1 + len(stage.controls))
     if tokens > MANY_TOKENS:
         yield (
-            f"the rl stage generates up to {tokens / 1e6:.0f} million tokens in {steps} steps: that needs a GPU, and "
-            "there is none here"
+            f"the {name} stage generates up to {tokens / 1e6:.0f} million tokens in {steps} steps: that needs a GPU, "
+            "and there is none here"
         )
 
 

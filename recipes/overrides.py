@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 
 from .faults import Fault, RecipeError
+from .names import numbered
 from .yaml12 import MAX_DEPTH, Document, Path, kind_of, parse, shorten
 
 
@@ -16,7 +17,8 @@ def apply_overrides(document: Document, overrides: Iterable[str]) -> Document:
     """A copy of the document with each `path.to.key=value` put in, in order; a later one wins.
 
     The value is a YAML 1.2 scalar or a flow value (`[1, 2]`, `{a: 1}`). A list item is picked by its number
-    from 0, or, where the items are mappings with a `stage` key, by the name of the stage. A mapping takes new
+    from 0, or, where the items are mappings with a `stage` key, by the name of the stage (`sft`, and a second `sft-2`).
+    A mapping takes new
     keys, and missing mappings on the way are made: validation judges their names. Keys that contain a dot
     cannot be reached; give the mapping that holds them as a flow value.
 
@@ -80,17 +82,15 @@ def _put(data: Any, steps: list[str], value: Any, where: str) -> Path:
 
 def _item(items: list[Any], step: str, here: str, where: str) -> int:
     """The number of the list item that a step of an override names."""
-    stages = [item.get("stage") if isinstance(item, dict) else None for item in items]
-    found = [index for index, stage in enumerate(stages) if stage == step]
-    if len(found) == 1:
-        return found[0]
-    if found:
-        numbers = " or ".join(str(index) for index in found)
-        raise _refused(where, f"{len(found)} items of {here} are {shorten(step)}; give its number: {numbers}")
+    stages = {number: item.get("stage") for number, item in enumerate(items) if isinstance(item, dict)}
+    stages = {number: kind for number, kind in stages.items() if isinstance(kind, str)}
+    places = dict(zip(numbered(stages.values()), stages, strict=True))
+    if step in places:
+        return places[step]
     if re.fullmatch("[0-9]{1,9}", step) and int(step) < len(items):
         return int(step)
     count = f"{here} has {len(items)} items, numbered from 0" if items else f"{here} is an empty list"
-    names = list(dict.fromkeys(stage for stage in stages if isinstance(stage, str)))
+    names = list(places)
     if re.fullmatch("[-+]?[0-9]+", step) or not names:
         raise _refused(where, f"no item {shorten(step)}: {count}")
     close = difflib.get_close_matches(step, names, 1)

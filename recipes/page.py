@@ -2,18 +2,18 @@
 paper. It asks nothing of the network. Whatever comes from a run goes through `html.escape`."""
 
 import base64
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from html import escape
+from itertools import groupby
 from typing import Any
 
-from ..data_selection import DataSelectionError, Selection
 from ..rl.checks import CheckResult
 from ..rl.checks.svg import lines, pictures
 from .figures import ASKS, COLUMNS, cells, check_name, heuristic_name, model_name, number, storage
+from .html_parts import curve, escaped, grid, plain, table, whose
+from .names import is_control, order
+from .page_rows import copies, selection, sequence
 from .run_report import RunFiles
-from .select import SELECTED
-from .selection_pictures import selection_pictures
 
 STYLE = """
 :root { --ink: #1c2430; --soft: #5b6675; --line: #d5dbe3; --pass: #1a7f37; --warn: #9a6700; --fail: #c0322b }
@@ -46,8 +46,6 @@ pre { white-space: pre-wrap; overflow-wrap: anywhere; font: .85rem/1.4 ui-monosp
                .scroll { overflow: visible } .scroll > img { max-width: 100%; height: auto } }
 """
 CREDIT = "credit.svg"  # what the verify stage calls its picture
-SHOWN = 300  # characters of a selected text
-CLUSTERS_SHOWN = 12
 PHASES = {"before": "Before training", "during": "During training", "after": "After training"}
 
 
@@ -63,8 +61,9 @@ def run_page(run: RunFiles, texts: bool = True) -> str:
             f"<p>{escape(_facts(run))}</p>",
             *_models(run),
             *_training(run),
-            *_selection(run, texts),
-            *_sequence(run),
+            *copies(run, texts),
+            *selection(run, texts),
+            *sequence(run),
             *_checks(run),
             *_credit(run),
             *_record(run),
@@ -75,13 +74,13 @@ def run_page(run: RunFiles, texts: bool = True) -> str:
 def comparison_page(runs: Sequence[RunFiles], rows: Sequence[Sequence[str]]) -> str:
     """Several runs side by side. rows: the first is the header."""
     head, *body = rows
-    groups = {"reward": "reward", "loss": "loss"}
     figures = []
-    for what, key in groups.items():
-        stage = "rl" if what == "reward" else "sft"
-        series = {name: run.series(stage, key) for name, run in zip(head[1:], runs, strict=True)}
-        figures.append(_curve(f"{what} of {stage}", {n: points for n, points in series.items() if len(points) > 1}))
-    return _page("comparison", ["<h1>Runs side by side</h1>", _table(head, body), _figures(figures)])
+    for key, kind in (("reward", "rl"), ("loss", "sft")):
+        stages = {name for run in runs for name in run.names(kind) if not is_control(name)}
+        for stage in sorted(stages, key=order):
+            series = {name: run.series(stage, key) for name, run in zip(head[1:], runs, strict=True)}
+            figures.append(curve(f"{key} of {stage}", series))
+    return _page("comparison", ["<h1>Runs side by side</h1>", table(head, body), grid(figures)])
 
 
 def _page(title: str, parts: Sequence[str]) -> str:
@@ -115,28 +114,31 @@ def _facts(run: RunFiles) -> str:
 
 
 def _models(run: RunFiles) -> Iterator[str]:
-    result = run.verify
-    if result is None:
+    if not run.verified:
         yield "<p>The verify stage has not run, so nothing is known of the models.</p>"
-        return
+    for name, result in reversed(run.verified.items()):  # the last one is what the run came to
+        yield f"<h2>Models{whose(name, run.verified)}</h2>"
+        yield from _verified(result)
+
+
+def _verified(result: Mapping[str, Any]) -> Iterator[str]:
     task = result["task"]
     low, high = task["n"]
-    yield "<h2>Models</h2>"
     yield (
-        f"<p>{_escaped(result['instances'])} held-out {_escaped(task['name'])} instances of {_escaped(low)} to "
-        f"{_escaped(high)} rows, one greedy answer each; 95 % intervals; weights {_escaped(result['weights'])}. "
+        f"<p>{escaped(result['instances'])} held-out {escaped(task['name'])} instances of {escaped(low)} to "
+        f"{escaped(high)} rows, one greedy answer each; 95 % intervals; weights {escaped(result['weights'])}. "
         "Answer: the stated result is right. "
         "Certificate: the chosen rows are feasible and optimal. Gap: right answers that no certificate backs. "
         "Solution: how probably sampling writes the worked one.</p>"
     )
     rows = [[model_name(name), *cells(one)] for name, one in result["models"].items()]
     floors = [[heuristic_name(name), *cells(one)] for name, one in result["heuristics"].items()]
-    yield _table(["", *COLUMNS.values()], [*rows, *floors], strong=len(rows))
+    yield table(["", *COLUMNS.values()], [*rows, *floors], strong=len(rows))
     samples = result.get("samples") or {}
     if samples:
-        yield f"<h3>{_escaped(max(next(iter(samples.values()))['pass_answer']['k']))} samples an instance</h3>"
+        yield f"<h3>{escaped(max(next(iter(samples.values()))['pass_answer']['k']))} samples an instance</h3>"
         yield f"<p>Temperature {result['temperature']:g}. pass@k: one of k is right; con@k: the most frequent is.</p>"
-        yield _figures(_sample_curves(samples))
+        yield grid(_sample_curves(samples))
 
 
 def _sample_curves(samples: Mapping[str, Any]) -> list[str]:
@@ -165,130 +167,28 @@ def _points(curve: Mapping[str, Any]) -> list[tuple[float, float]]:
 
 
 def _training(run: RunFiles) -> Iterator[str]:
-    trained = [name for name in run.stages if name.partition("-")[0] in ("sft", "rl")]
-    losses = {name: run.series(name, "loss") for name in trained if name.startswith("sft")}
-    paid = [name for name in trained if name.startswith("rl")]
-    rewards = {name: run.series(name, "reward") for name in paid}
-    course = {name: run.series("rl", key) for name, key in _logged(run).items()}
-    entropy = {name: run.series(name, "entropy") for name in paid}
+    paid = run.names("rl")
     figures = [
-        _curve("loss of sft", losses),
-        _curve("mean reward of rl", rewards),
-        _curve("samples of rl", course),
-        _curve("entropy of rl", entropy),
+        curve("loss of sft", {name: run.series(name, "loss") for name in run.names("sft")}),
+        curve("mean reward of rl", {name: run.series(name, "reward") for name in paid}),
     ]
+    for stage in (name for name in paid if not is_control(name)):
+        figures.append(curve(f"samples of {stage}", _course(run, stage)))
+    figures.append(curve("entropy of rl", {name: run.series(name, "entropy") for name in paid}))
     if any(figures):
         yield "<h2>Training</h2>"
-        yield _figures(figures)
+        yield grid(figures)
 
 
-def _logged(run: RunFiles) -> dict[str, str]:
-    """What the rl stage logged of its samples, under the name that its task gives itself."""
+def _course(run: RunFiles, stage: str) -> dict[str, list[tuple[float, float]]]:
+    """What an rl stage logged of its samples, under the name that its task gives itself."""
     keys = {"answer": "answer_accuracy", "certificate": "certificate_accuracy", "gap": "gap"}
-    known = [key for line in run.metrics if line["stage"] == "rl" for key in line]
+    known = [key for line in run.metrics if line["stage"] == stage for key in line]
     return {
-        name: found
+        name: run.series(stage, found)
         for name, key in keys.items()
         if (found := next((one for one in known if one.count("/") == 1 and one.endswith(f"/{key}")), None))
     }
-
-
-def _curve(title: str, series: Mapping[str, list[tuple[float, float]]]) -> str:
-    drawn = {name: points for name, points in series.items() if len(points) > 1}
-    return f"<figure>{lines(title, drawn, 'step')}</figure>" if drawn else ""
-
-
-def _figures(figures: Sequence[str]) -> str:
-    return f'<div class="figures">{"".join(figures)}</div>'
-
-
-def _selection(run: RunFiles, texts: bool) -> Iterator[str]:
-    select = run.stages.get("select")
-    if not select or "sources" not in select:
-        return
-    yield "<h2>Selected data</h2>"
-    sources = select["sources"]
-    yield f"<p>{select['n']:,} of {select['pool']:,} rows by {escape(str(select['method']))}; what was picked, by "
-    yield "source, beside a random pick of the same size.</p>"
-    names = sorted(sources["pool"], key=lambda name: (-sources["selected"].get(name, 0), name))[:12]
-    rows = [[name, *(f"{sources[part].get(name, 0):,}" for part in ("pool", "selected", "control"))] for name in names]
-    if "kl_reduction" in select:
-        kl = select["kl_reduction"]
-        rows.append(["nearer to the target by (nats)", "", f"{kl['selected']:.2f}", f"{kl['control']:.2f}"])
-    yield _table(["source", "pool", "selected", "random control"], rows)
-    drawn = selection_pictures(run.path / "select")
-    if drawn:
-        yield "<h3>Clusters and scores</h3>"
-        yield "<p>The two directions in which the pool's gradients differ most; each cluster's selector is the score "
-        yield "that tells its rows apart best.</p>"
-        yield _figures([f"<figure>{picture}</figure>" for picture in drawn])
-    if texts:
-        yield from _picked_texts(run)
-
-
-def _sequence(run: RunFiles) -> Iterator[str]:
-    """What was learned and forgotten over a sequence of datasets, by Adapt-inf and by its controls."""
-    runs = {name: stage["lifelong"] for name, stage in run.stages.items() if "lifelong" in stage}
-    if not runs:
-        return
-    yield "<h2>Over the datasets</h2>"
-    yield "<p>All trained for as many steps. probability: of an answer token, the geometric mean; accuracy: answers "
-    yield "given word for word. Gain: in per cent of the model before training. Forgotten: lost since each skill's "
-    yield "best, in per cent.</p>"
-    body = []
-    for name, one in runs.items():
-        for measure, found in one["measures"].items():
-            numbers = [found[key] for key in ("final", "relative_gain", "forgetting")]
-            body.append([f"{_policy(name)}, {measure}", *("" if n is None else f"{n:.3g}" for n in numbers)])
-    yield _table(["", "mean at the end", "relative gain", "forgotten"], body)
-    for measure in next(iter(runs.values()))["measures"]:
-        skills = next(iter(runs.values()))["skills"]
-        figures = []
-        for place, skill in enumerate(skills):
-            series = {
-                _policy(name): [(t, row[place]) for t, row in enumerate(one["measures"][measure]["matrix"])]
-                for name, one in runs.items()
-            }
-            figures.append(f"<figure>{lines(f'{measure}: {skill}', series, 'datasets learned')}</figure>")
-        yield _figures(figures)
-
-
-def _policy(stage: str) -> str:
-    return stage.partition("-")[2] or "adapt_inf"
-
-
-def _picked_texts(run: RunFiles) -> Iterator[str]:
-    """Some of what was picked, each with its reason: by weight the best and the last, else one of each cluster."""
-    folder = run.path / "select"
-    try:
-        picked = Selection.load(folder / "selection")
-        texts = (folder / SELECTED).read_text(encoding="utf-8").splitlines()
-    except (DataSelectionError, OSError):
-        return
-    scored = [i for i, reason in enumerate(picked.reasons) if isinstance(reason.get("log_weight"), float)]
-    order = sorted(scored, key=lambda i: -picked.reasons[i]["log_weight"])
-    of_cluster = {str(reason["cluster"]): i for i, reason in enumerate(picked.reasons) if "cluster" in reason}
-    if not (order or of_cluster) or len(texts) != len(picked):
-        return
-    places = [*order[:2], order[len(order) // 2], order[-1]] if order else list(of_cluster.values())[:CLUSTERS_SHOWN]
-    what = (
-        "The two highest weights among the picks, the middle and the lowest." if order else "One pick of each cluster."
-    )
-    yield f"<h3>Why these</h3><p>{what}.</p>"
-    for place in dict.fromkeys(places):
-        reason = "; ".join(f"{key.replace('_', ' ')} {_plain(value)}" for key, value in picked.reasons[place].items())
-        text = _row_text(json.loads(texts[place]))
-        shown = text if len(text) <= SHOWN else text[:SHOWN] + " ..."
-        row = int(picked.indices[place])
-        yield f"<details><summary>row {row}: {escape(reason)}</summary><pre>{escape(shown)}</pre></details>"
-
-
-def _row_text(row: Mapping[str, Any]) -> str:
-    if isinstance(row.get("text"), str):
-        return row["text"]
-    parts = row.get("messages") or [row.get("prompt", ""), row.get("completion", "")]
-    flat = [one for part in parts for one in (part if isinstance(part, list) else [part])]
-    return "\n".join(one["content"] if isinstance(one, Mapping) else str(one) for one in flat)
 
 
 # ---------------------------------------------------------------- checks
@@ -305,11 +205,11 @@ def _checks(run: RunFiles) -> Iterator[str]:
     )
     for phase, title in PHASES.items():
         mine = [one for one in checks if one["phase"] == phase]
-        if not mine:
-            continue
-        models = {one["model"] for one in mine if one["model"]} if phase == "after" else ()
-        yield f"<h3>{title}{': ' + escape(', '.join(map(model_name, sorted(models)))) if models else ''}</h3>"
-        yield from map(_check, mine)
+        for group, some in groupby(mine, lambda one: (one["stage"], one["model"]) if one["phase"] == "after" else None):
+            stage, model = group or ("", None)
+            about = f": {escape(model_name(model))}{whose(stage, run.verified)}" if model else ""
+            yield f"<h3>{title}{about}</h3>"
+            yield from map(_check, some)
 
 
 def _check(one: Mapping[str, Any]) -> str:
@@ -324,7 +224,7 @@ def _check(one: Mapping[str, Any]) -> str:
         said.append(f"{one['details']['models'][0]} is ahead from k = {one['details']['crossing']}")
     said += [one["details"]["reason"]] if one["verdict"] == "not run" and "reason" in one["details"] else []
     stage = f" ({one['stage']})" if one["phase"] == "during" else ""
-    verdict = _escaped(one["verdict"])
+    verdict = escaped(one["verdict"])
     return (
         f'<div class="check"><h3>{escape(check_name(one))}{escape(stage)} '
         f'<span class="verdict {verdict.replace(" ", "-")}">{verdict}</span></h3>'
@@ -346,20 +246,16 @@ def _evidence(value: Any) -> str:
     if isinstance(value, list):
         if any(isinstance(item, Mapping | list) for item in value):
             return "<br>".join(_evidence(item) for item in value)
-        return escape(", ".join(map(_plain, value))) or "none"
-    return escape(_plain(value))
-
-
-def _plain(value: Any) -> str:
-    if value is None:
-        return "none"
-    return f"{value:.3g}" if isinstance(value, float) else str(value)
+        return escape(", ".join(map(plain, value))) or "none"
+    return escape(plain(value))
 
 
 def _credit(run: RunFiles) -> Iterator[str]:
-    picture = run.path / "verify" / CREDIT
-    if (run.verify or {}).get("credit_picture") == CREDIT and picture.is_file() and not picture.is_symlink():
-        yield "<h2>Token credit on one answer</h2>"
+    for name, result in run.verified.items():
+        picture = run.path / name / CREDIT
+        if result.get("credit_picture") != CREDIT or not picture.is_file() or picture.is_symlink():
+            continue
+        yield f"<h2>Token credit on one answer{whose(name, run.verified)}</h2>"
         yield (
             "<p>WAAD: how far back each token looks; FAI: how much later tokens look at it. Anchors and preplan tokens "
             "are those that the credit favours.</p>"
@@ -383,10 +279,10 @@ def _record(run: RunFiles) -> Iterator[str]:
         ]
         for name, stage in run.stages.items()
     ]
-    yield _table(["stage", "seconds", "steps", "commit"], rows)
+    yield table(["stage", "seconds", "steps", "commit"], rows)
     data = [[name, _size(one), one["sha256"][:16]] for name, one in run.record.get("data", {}).items()]
     if data:
-        yield _table(["data", "size", "sha256"], data)
+        yield table(["data", "size", "sha256"], data)
     versions = ", ".join(f"{name} {value}" for name, value in run.record.get("versions", {}).items())
     machine = ", ".join(map(str, run.record.get("machine", {}).values()))
     yield f"<p>{escape(versions)}</p><p>{escape(machine)} CPUs</p>"
@@ -396,22 +292,3 @@ def _record(run: RunFiles) -> Iterator[str]:
 def _size(data: dict[str, Any]) -> str:
     """Rows, or of files that were never held whole their bytes."""
     return f"{data['rows']:,} rows" if "rows" in data else f"{data['bytes']:,} bytes in {data['files']} files"
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]], strong: int = 0) -> str:
-    """A table that scrolls sideways on its own. An interval stands in small under its number."""
-    top = "".join(f"<th>{escape(cell)}</th>" for cell in head)
-    body = ""
-    for place, row in enumerate(rows):
-        cells = "".join(f"<td>{_cell(cell)}</td>" for cell in row)
-        body += f'<tr class="strong">{cells}</tr>' if place < strong else f"<tr>{cells}</tr>"
-    return f'<div class="scroll"><table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>'
-
-
-def _escaped(value: Any) -> str:
-    return escape(str(value))
-
-
-def _cell(text: str) -> str:
-    value, bracket, rest = text.partition(" [")
-    return f"{escape(value)}<br><small>{escape(bracket.strip() + rest)}</small>" if bracket and rest else escape(text)

@@ -22,7 +22,7 @@ from ..adapters.base import takes_pictures
 from ..data_selection.encoding import collate, encode, images_of, open_image
 from ..data_selection.selection import write_atomic
 from .run_folder import RunError
-from .schema import BaseModelSection
+from .schema_model import BaseModelSection
 
 Row = dict[str, Any]
 PICTURES = "pictures"

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from math import ceil
 from typing import Any
@@ -13,8 +13,9 @@ from rich.console import Console
 from rich.table import Table
 
 from . import needs
-from .data_faults import Seen, source_faults
+from .data_faults import exhausted, source_faults
 from .lifelong import is_sequence
+from .links import feeder, fresh_adapter, own_sources, rl_of
 from .memory import (
     Memory,
     adapter_bytes,
@@ -26,13 +27,16 @@ from .memory import (
     rollout_bytes,
     sft_memory,
 )
+from .names import parts
 from .pictures import reads_pictures
 from .probe import Probe, Prober, at_hand
 from .rendered import load_tokenizer, longest_prompt
 from .rl import make_task, training_rows
 from .rows import read_sources, tokenize
 from .run_folder import recipe_text
-from .schema import Adapter, AdaptInfSelect, Recipe, Rl, Select, Sft, Verify
+from .schema import Recipe, Rl, Sft, Verify
+from .schema_model import Adapter
+from .schema_rows import AdaptInfSelect, Dedup, Select
 from .targets import ConfigError, Targets, context_of, meta_model, targets_of
 from .trainer_args import value_of
 
@@ -123,9 +127,8 @@ class _Planner:
         self.recipe, self.probe = recipe, probe
         self.triton = torch.cuda.is_available()
         self.tokenizer = load_tokenizer(recipe.base)
-        self.adapter = next(
-            (stage.adapter for stage in recipe.stages if isinstance(stage, Sft | Rl) and stage.adapter), Adapter()
-        )
+        trained = [stage for stage in recipe.stages if isinstance(stage, Sft | Rl)]
+        self.adapter = (fresh_adapter(recipe, trained[0]) if trained else None) or Adapter()
         same = before is not None and (before.recipe.base, before.adapter) == (recipe.base, self.adapter)
         self.prober = before.prober if before is not None and same else Prober(recipe, self.adapter)
         self.picked: int | None = None
@@ -137,19 +140,28 @@ class _Planner:
 
     def plan(self) -> Plan:
         own: dict[type, Any] = {
+            Dedup: self.dedup,
             Select: self.select,
             AdaptInfSelect: self.adapt_inf,
             Sft: self.sft,
             Rl: self.rl,
             Verify: self.verify,
         }
-        stages = [
-            own[type(stage)](stage) if type(stage) in own else StagePlan(stage.stage) for stage in self.recipe.stages
-        ]
-        return Plan(self.recipe, stages, self.probe)
+        stages = [own[type(stage)](stage) for stage in self.recipe.stages]
+        named = [replace(one, stage=name) for name, one in zip(self.recipe.names, stages, strict=True)]
+        return Plan(self.recipe, named, self.probe)
+
+    def dedup(self, stage: Dedup) -> StagePlan:
+        """How many rows it looks through; how many it keeps is not known before."""
+        before = feeder(self.recipe, stage)
+        rows = self.picked if before is not None else exhausted(source_faults(("data",), own_sources(stage))).rows
+        return StagePlan("dedup", rows=rows)
 
     def select(self, stage: Select) -> StagePlan:
-        pool = _exhausted(source_faults(("raw",), stage.raw)).rows
+        pool = None
+        if feeder(self.recipe, stage) is None:
+            pool = exhausted(source_faults(("raw",), own_sources(stage))).rows
+        self.picked = None
         if isinstance(stage.k, int):
             self.picked = stage.k
         elif stage.k is not None and pool is not None:
@@ -166,24 +178,28 @@ class _Planner:
         lengths = None
         if not isinstance(stage.data, str) and self.tokenizer and not any(map(needs.out_of_reach, stage.data)):
             lengths = list(self._lengths(stage.data))
-        rows = len(lengths) if lengths is not None else self.picked if isinstance(stage.data, str) else None
+        rows = len(lengths) if lengths is not None else self.picked if stage.data == "select" else None
         known = [min(length, longest) for length in lengths or () if length is not None]
         batch = value_of(trainer, "per_device_train_batch_size") * value_of(trainer, "gradient_accumulation_steps")
         steps = _steps(trainer, rows, batch)
         if steps is not None and is_sequence(self.recipe, stage):
-            steps *= len(self.recipe.stage("select").datasets)
+            steps *= len(feeder(self.recipe, stage).datasets)
         mean = sum(known) / len(known) if known else longest
         tokens = None if steps is None else round(steps * batch * mean)
         tokens_are = "bound" if not known else "counted" if len(known) == rows else "estimated"
         length = max(known, default=longest)
         memory = seconds = None
-        targets = None if self.model is None else targets_of(self.recipe.base, stage.adapter)
+        targets = self.targets
         if targets is not None:
-            memory = sft_memory(self.model, self.recipe.base, stage, targets, length, self.triton)
+            memory = sft_memory(self.model, self.recipe.base, self._trained(stage), targets, length, self.triton)
         if self.probe and tokens is not None:
             one = self.prober.training(trainer, value_of(trainer, "per_device_train_batch_size"), round(mean))
             seconds = one * tokens * (1 + len(stage.controls))
         return StagePlan("sft", 1 + len(stage.controls), rows, steps, tokens, tokens_are, None, memory, seconds)
+
+    def _trained(self, stage: Any) -> Any:
+        """The stage with the adapter that it trains, its own or the one that it continues."""
+        return stage.model_copy(update={"adapter": self.adapter})
 
     def _lengths(self, sources: Any) -> Iterator[int | None]:
         """Tokens of each row; None beyond the first COUNTED_ROWS."""
@@ -199,7 +215,7 @@ class _Planner:
         tokens = None if steps is None or prompt is None else steps * batch * (prompt + completion)
         memory = seconds = None
         if self.targets is not None and prompt is not None:
-            memory = rl_memory(self.model, self.recipe.base, stage, self.targets, prompt, self.triton)
+            memory = rl_memory(self.model, self.recipe.base, self._trained(stage), self.targets, prompt, self.triton)
         if self.probe and steps is not None and tokens is not None and prompt is not None:
             each = value_of(trainer, "per_device_train_batch_size")
             at_once = generated_at_once(stage)
@@ -220,10 +236,11 @@ class _Planner:
         return longest_prompt((dict(row) for row in islice(rows, LOOKED_AT)), self.tokenizer)
 
     def verify(self, stage: Verify) -> StagePlan:
-        trained = [s for s in self.recipe.stages if isinstance(s, Sft | Rl)]
+        before = self.recipe.stages[: self.recipe.place(stage)]
+        trained = [s for s in before if isinstance(s, Sft | Rl)]
         runs = 1 + sum(1 + len(s.controls) for s in trained)  # the base and every adapter
         generated = stage.instances * (1 + stage.samples) * stage.max_new_tokens
-        settings = stage.task or self.recipe.stage("rl").task
+        settings = stage.task or rl_of(self.recipe, stage).task
         task, memory, seconds = make_task(settings), None, None
         few = task.dataset(min(stage.instances, LOOKED_AT), settings.n, stage.seed, "test", settings.discriminating)
         prompt = None if self.tokenizer is None else longest_prompt((dict(row) for row in few), self.tokenizer)
@@ -239,15 +256,6 @@ class _Planner:
                 rounds = ceil(stage.instances * (1 + stage.samples) / size)
                 seconds = runs * rounds * (prefill + step * stage.max_new_tokens)
         return StagePlan("verify", runs, stage.instances, None, None, "bound", generated, memory, seconds)
-
-
-def _exhausted(finder: Any) -> Seen:
-    """What a generator of faults returns at its end."""
-    while True:
-        try:
-            next(finder)
-        except StopIteration as end:
-            return end.value
 
 
 def _steps(trainer: Any, rows: int | None, batch: int) -> int | None:
@@ -321,6 +329,12 @@ def _line(stage: StagePlan) -> list[str]:
         readable(stage.memory.peak) if stage.memory else "?" if stage.stage != "select" else "",
         _time(stage.seconds),
     ]
+
+
+def _memory(stage: StagePlan) -> str:
+    """Of a stage that loads no model nothing is said."""
+    unknown = "" if parts(stage.stage).kind in ("dedup", "select") else "?"
+    return readable(stage.memory.peak) if stage.memory else unknown
 
 
 def _number(value: int | None, most: str = "") -> str:

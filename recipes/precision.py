@@ -7,7 +7,8 @@ from ..adapters import BitPlan, bit_plan
 from ..adapters.mixed import whole_rows
 from ..adapters.precision import PLAN
 from .rows import source_rows
-from .schema import BaseModelSection, Shipped
+from .schema_model import BaseModelSection
+from .schema_sources import Shipped
 
 
 def recipe_plan(base: BaseModelSection, run: Path) -> BitPlan | None:

@@ -16,9 +16,10 @@ from ..adapters.embedded import NAME
 from ..rl import CertificateTask, Guarded, RlError, TokenCredit
 from ..rl.rollout_cache import BITS, cache_settings
 from .adapt_inf_faults import adapt_inf_faults
-from .data_faults import Found, select_faults, source_faults, tried
+from .data_faults import Found, dedup_faults, select_faults, source_faults, tried
 from .faults import Fault
 from .hub_check import hub_faults
+from .links import fresh_adapter, rl_of
 from .needs import HUB_TIMEOUT_S, out_of_reach
 from .own import is_own, not_allowed
 from .pictures import missing_pictures, reads_pictures
@@ -27,7 +28,10 @@ from .reward_trial import NOT_JUDGED, ROWS, faults_of_reward, right_forms, rows_
 from .rewards import make_reward
 from .rl import make_credit, make_risk, make_task, training_rows
 from .rows import Row, source_rows
-from .schema import Adapter, AdaptInfSelect, Columns, Recipe, Rl, Sft, Verify
+from .schema import Recipe, Rl, Sft, Verify
+from .schema_model import Adapter
+from .schema_rows import AdaptInfSelect
+from .schema_sources import Columns
 from .targets import ConfigError, base_config, context_of, linear_names, meta_model, targets_of, unmatched
 from .trainer_args import given, value_of
 from .training import moka_config, trainer_arguments
@@ -54,6 +58,7 @@ def check(recipe: Recipe) -> list[Fault]:
     faults = [*_model_faults(recipe), *_attention_faults(recipe), *_picture_faults(recipe)]
     for number, stage in enumerate(recipe.stages):
         finders: dict[str, Any] = {
+            "dedup": dedup_faults,
             "select": adapt_inf_faults if isinstance(stage, AdaptInfSelect) else select_faults,
             "sft": _sft_faults,
             "rl": _rl_faults,
@@ -144,8 +149,9 @@ def _no_pictures(source: Any) -> Iterator[str]:
 
 
 def _sft_faults(recipe: Recipe, stage: Any) -> Found:
-    yield from adapter_faults(recipe, stage.adapter)
-    if not isinstance(stage.data, str):
+    if (fresh := fresh_adapter(recipe, stage)) is not None:
+        yield from adapter_faults(recipe, fresh)
+    if isinstance(stage.data, list):
         yield from source_faults(("data",), stage.data)
     yield from _row_faults(recipe, stage)
     yield from _trainer_faults(recipe, stage, "SFTConfig")
@@ -162,7 +168,7 @@ def _row_faults(recipe: Recipe, stage: Sft) -> Found:
     except (ValueError, OSError):  # said of the source
         return
     for row in rows:
-        yield from tried(("data",), partial(sft_row, row, stage, tokenizer))
+        yield from tried(("data",), partial(sft_row, row, stage, tokenizer, recipe.name_of(stage)))
 
 
 def _rl_faults(recipe: Recipe, stage: Rl) -> Found:
@@ -332,7 +338,7 @@ def _lost_credit(strategy: str, credit: dict[str, Any], trainer: dict[str, Any])
 
 
 def _verify_faults(recipe: Recipe, stage: Any) -> Found:
-    task = stage.task or recipe.stage("rl").task
+    task = stage.task or rl_of(recipe, stage).task
     unfit = list(
         tried(
             ("task",),

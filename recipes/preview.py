@@ -5,8 +5,9 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
+from .links import fresh_adapter
 from .rendered import Rendered, rendered_rows
-from .schema import Recipe
+from .schema import Recipe, Rl, Sft
 from .targets import targets_of
 
 TRAINED = "bold green"
@@ -23,12 +24,13 @@ def print_preview(recipe: Recipe) -> None:
 
 def adapter_lines(recipe: Recipe) -> list[str]:
     lines = []
-    for stage in recipe.stages:
-        adapter: Any = getattr(stage, "adapter", None)
+    for name, stage in zip(recipe.names, recipe.stages, strict=True):
+        trains = isinstance(stage, Sft | Rl)
+        adapter: Any = fresh_adapter(recipe, stage) if trains else getattr(stage, "adapter", None)
         targets = None if adapter is None else targets_of(recipe.base, adapter)
         if targets is not None:
             first, *others = targets.lines()
-            lines += [f"{stage.stage} adapter: {first}", *others]
+            lines += [f"{name} adapter: {first}", *others]
     return lines
 
 

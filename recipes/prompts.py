@@ -6,7 +6,7 @@ from typing import Any
 from ..data_selection import DataSelectionError
 from ..data_selection.texts import read_rows
 from .rows import Row, check_messages, hub_rows
-from .schema import HubRows, RowSource
+from .schema_sources import HubRows, RowSource
 
 # What TRL hands to a reward function under these names is its own.
 TAKEN = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric", "environments")

@@ -12,10 +12,11 @@ from transformers import AutoConfig, AutoProcessor, AutoTokenizer
 from ..adapters.base import resolve_model, takes_pictures
 from ..data_selection import DataSelectionError
 from . import needs
+from .links import sources_behind
 from .rl import training_rows
 from .rows import Row, source_rows, tokenize
-from .schema import BaseModelSection, Recipe, Rl, Sft
-from .select_adapt_inf import pool_sources
+from .schema import Recipe, Rl, Sft
+from .schema_model import BaseModelSection
 from .trainer_args import value_of
 
 SHOWN = 240  # characters of a piece at its beginning; of its end a third
@@ -72,21 +73,22 @@ def rendered_rows(recipe: Recipe) -> Iterator[Rendered]:
         return
     for stage in recipe.stages:
         if isinstance(stage, Sft):
-            yield from (sft_row(row, stage, tokenizer) for row in islice(first_rows(recipe, stage), 1))
+            name = recipe.name_of(stage)
+            yield from (sft_row(row, stage, tokenizer, name) for row in islice(first_rows(recipe, stage), 1))
         elif isinstance(stage, Rl) and not any(needs.out_of_reach(source) for source in stage.data or ()):
             few = stage if stage.task is None else stage.model_copy(update={"instances": 1, "hints": 0.0})
             rows = training_rows(few, recipe.seed)
-            yield from (rl_prompt(dict(row), tokenizer) for row in rows.select(range(min(1, len(rows)))))
+            name = recipe.name_of(stage)
+            yield from (rl_prompt(dict(row), tokenizer, name) for row in rows.select(range(min(1, len(rows)))))
 
 
 def first_rows(recipe: Recipe, stage: Sft) -> Iterator[Row]:
-    """The first row of each source of the stage, or of the pool that the select stage picks its rows from."""
-    sources: Any = pool_sources(recipe.stage("select")) if isinstance(stage.data, str) else stage.data
-    near = (source for source in sources if not needs.out_of_reach(source))
+    """The first row of each source of the stage, or of the pool that its rows are picked from."""
+    near = (source for source in sources_behind(recipe, stage) if not needs.out_of_reach(source))
     return (row for source in near for row in islice(source_rows(source, "data"), 1))
 
 
-def sft_row(row: Row, stage: Sft, tokenizer: Any) -> Rendered:
+def sft_row(row: Row, stage: Sft, tokenizer: Any, name: str) -> Rendered:
     tokens = tokenize(row, tokenizer)
     whole = len(tokens["input_ids"])
     longest = value_of(stage.trainer, "max_length")
@@ -98,14 +100,16 @@ def sft_row(row: Row, stage: Sft, tokenizer: Any) -> Rendered:
         for trained, part in groupby(marked, key=lambda pair: pair[1])
     ]
     cut = f" of {whole}, cut at max_length" if len(ids) < whole else ""
-    title = f"sft, a row with the columns {_columns(row)}: {len(ids)} tokens{cut}, {sum(t for _, t in marked)} trained"
+    title = (
+        f"{name}, a row with the columns {_columns(row)}: {len(ids)} tokens{cut}, {sum(t for _, t in marked)} trained"
+    )
     return Rendered(title, pieces)
 
 
-def rl_prompt(row: Row, tokenizer: Any) -> Rendered:
+def rl_prompt(row: Row, tokenizer: Any, name: str) -> Rendered:
     text = prompt_text(row["prompt"], tokenizer)
     columns = _columns({name: value for name, value in row.items() if name != "prompt"})
-    title = f"rl, a prompt of {len(tokenizer(text, add_special_tokens=False)['input_ids'])} tokens"
+    title = f"{name}, a prompt of {len(tokenizer(text, add_special_tokens=False)['input_ids'])} tokens"
     return Rendered(f"{title}; its reward is given the columns {columns}" if columns else title, [(text, False)])
 
 

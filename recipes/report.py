@@ -7,6 +7,7 @@ from rich.table import Table
 
 from .chain import Run
 from .figures import COLUMNS, cells, check_name, heuristic_name, model_name, number
+from .names import is_control, order, parts
 from .verify import verification
 
 # The solution stands in the lines of changes; as a column it would make the table wider than most terminals.
@@ -20,17 +21,16 @@ def print_report(run: Run) -> None:
     if not console.is_terminal:
         console.width = max(console.width, FILE_WIDTH)
     stages = run.record["stages"]
-    if "sources" in stages.get("select", {}):
-        console.print(_selection(stages["select"]))
-    if "rl" in stages and stages["rl"]["reward"]:
-        console.print(_reward(stages["rl"]))
-    if "verify" in stages:
-        result = verification(run.path)
-        console.print(_verification(result))
-        for change in result["changes"]:
-            console.print(_change(change), highlight=False)
-        if result.get("checks"):
-            console.print(_checks(result["checks"]))
+    for name in sorted((name for name in stages if not is_control(name)), key=order):
+        found, kind = stages[name], parts(name).kind
+        if kind == "dedup":
+            console.print(_dedup(name, found), highlight=False)
+        elif kind == "select" and "sources" in found:
+            console.print(_selection(name, found))
+        elif kind == "rl" and found["reward"]:
+            console.print(_reward(name, found))
+        elif kind == "verify":
+            _print_verified(console, name, verification(run.path, name))
     seconds = sum(stage["seconds"] for stage in stages.values())
     console.print(f"run folder: {run.path}", soft_wrap=True, highlight=False)
     if run.adapter.is_dir():
@@ -38,9 +38,22 @@ def print_report(run: Run) -> None:
     console.print(f"time:       {seconds / 60:.1f} min in {len(stages)} stages", highlight=False)
 
 
-def _selection(select: dict[str, Any]) -> Table:
+def _print_verified(console: Console, name: str, result: dict[str, Any]) -> None:
+    console.print(_verification(name, result))
+    for change in result["changes"]:
+        console.print(_change(change), highlight=False)
+    if result.get("checks"):
+        console.print(_checks(result["checks"]))
+
+
+def _dedup(name: str, found: dict[str, Any]) -> str:
+    why = ", ".join(f"{count} {kind}" for kind, count in found["left_out"].items())
+    return f"{name}: {found['kept']} of {found['rows']} rows kept" + (f"; left out: {why}" if why else "")
+
+
+def _selection(name: str, select: dict[str, Any]) -> Table:
     sources = select["sources"]
-    table = Table(title=f"select: {select['n']} of {select['pool']} rows", title_justify="left")
+    table = Table(title=f"{name}: {select['n']} of {select['pool']} rows", title_justify="left")
     table.add_column("source")
     for column in ("pool", "selected", "random control"):
         table.add_column(column, justify="right")
@@ -53,19 +66,19 @@ def _selection(select: dict[str, Any]) -> Table:
     return table
 
 
-def _reward(rl: dict[str, Any]) -> str:
+def _reward(name: str, rl: dict[str, Any]) -> str:
     first, last = rl["reward"]["first"], rl["reward"]["last"]
     return (
-        f"rl: mean reward {first['mean']:.2f} over the first {first['steps']} steps, {last['mean']:.2f} over the last "
-        f"{last['steps']}"
+        f"{name}: mean reward {first['mean']:.2f} over the first {first['steps']} steps, {last['mean']:.2f} over the "
+        f"last {last['steps']}"
     )
 
 
-def _verification(result: dict[str, Any]) -> Table:
+def _verification(name: str, result: dict[str, Any]) -> Table:
     task = result["task"]
     low, high = task["n"]
     title = (
-        f"verify: {result['instances']} held-out {task['name']} instances, n {low} to {high}; 95 % intervals; "
+        f"{name}: {result['instances']} held-out {task['name']} instances, n {low} to {high}; 95 % intervals; "
         f"weights {result['weights']}"
     )
     table = Table(title=title, title_justify="left")

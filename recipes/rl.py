@@ -28,8 +28,9 @@ from .rewards import guard_of, make_reward, monitored
 from .rows import fingerprint
 from .run_folder import RunError, RunFolder
 from .schema import Recipe, Rl, Task
+from .steps import Step
 from .trainer_args import given
-from .training import ADAPTER, begin, exact_parameters, new_adapter, saved_adapter, train, trainer_arguments
+from .training import begin, begun_adapter, exact_parameters, train, trainer_arguments
 
 
 def make_task(task: Task) -> CertificateTask:
@@ -63,15 +64,13 @@ def training_rows(stage: Rl, seed: int) -> Dataset:
     return task.dataset(stage.instances, stage.task.n, seed, "train", stage.task.discriminating, stage.hints)
 
 
-def run_rl(recipe: Recipe, stage: Rl, run: RunFolder, control: str | None = None) -> None:
+def run_rl(recipe: Recipe, step: Step, run: RunFolder) -> None:
     """Train on the stage's rows with its reward, or, as a control, with one that knows nothing and otherwise alike."""
-    name = f"rl-{control}" if control else "rl"
+    name, stage, control = step.name, step.stage, step.control
+    assert isinstance(stage, Rl)
     folder, last = begin(run, name)
     task = None if stage.task is None else make_task(stage.task)
-    if stage.adapter is None:
-        model, tokenizer = saved_adapter(recipe, run.path / "sft" / ADAPTER, run.path)
-    else:
-        model, tokenizer = new_adapter(recipe, stage.adapter, run.path)
+    model, tokenizer = begun_adapter(recipe, step, run.path)
     dataset = training_rows(stage, recipe.seed)
     run.add_data(name, rows=len(dataset), sha256=_fingerprint(dataset, task))
     own_task = stage.task is not None and is_own(stage.task.name)

@@ -14,7 +14,7 @@ from ..data_selection.encoding import encode
 from ..data_selection.texts import read_rows, row_text
 from ..rl.tasks.worked import worked_examples
 from .pictures import holds_pictures, is_processor, located
-from .schema import Columns, HubRows, HubTexts, Puzzles, Shipped, Source
+from .schema_sources import Columns, HubRows, HubTexts, Puzzles, Shipped, Source
 
 Row = dict[str, Any]
 

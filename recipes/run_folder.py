@@ -300,6 +300,7 @@ def recipe_text(recipe: Recipe) -> str:
         for key in ("credit", "risk", "guard"):
             if isinstance(values.get(key), dict):
                 values[key] = given(getattr(stage, key))
+    content["stages"] = [{"stage": values["stage"], **values} for values in content["stages"]]
     if recipe.hub == Hub():  # nothing is pushed; folders of recipes that knew no such section stay valid
         del content["hub"]
     learn(content)

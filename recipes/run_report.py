@@ -12,28 +12,37 @@ import yaml
 from ..data_selection.selection import write_atomic
 from ..rl.checks.result import VERDICTS
 from .masking import hidden, masked
+from .names import order, parts
 from .run_folder import RunError
 from .verify import RESULT
 
 REPORT_JSON = "rlvr_report.json"
 SCHEMA_VERSION = 1
-STAGES = ("select", "dedup", "sft", "rl", "verify")
 BEFORE = ("soundness", "verifier", "heuristics", "shortcut_ceiling", "headroom", "contamination")
 DURING = ("first_batch", "collapse", "divergence", "verifier_health")
 
 
 @dataclass(frozen=True)
 class RunFiles:
-    """What a run folder holds, read: `record` (run.json), `recipe`, `metrics`, `verify` (or None) and `report`; without
-    secrets, see `masking`."""
+    """What a run folder holds, read: `record` (run.json), `recipe`, `metrics`, `verified` (the result of each verify
+    stage, by its name) and `report`; without secrets, see `masking`."""
 
     path: Path
     record: dict[str, Any]
     recipe: dict[str, Any]
     recipe_text: str
     metrics: list[dict[str, Any]]
-    verify: dict[str, Any] | None
+    verified: dict[str, dict[str, Any]]
     report: dict[str, Any]
+
+    @property
+    def verify(self) -> dict[str, Any] | None:
+        """The result of the last verify stage, or None."""
+        return next(reversed(self.verified.values()), None)
+
+    def names(self, *kinds: str) -> list[str]:
+        """Of the finished stages of these kinds, and of their controls, in order."""
+        return sorted((name for name in self.stages if parts(name).kind in kinds), key=order)
 
     @property
     def stages(self) -> dict[str, Any]:
@@ -61,9 +70,9 @@ def read_run(path: str | Path) -> RunFiles:
     try:
         record = json.loads((path / "run.json").read_text(encoding="utf-8"))
         text = (path / "recipe.yaml").read_text(encoding="utf-8")
-        result = path / "verify" / RESULT
-        done = "verify" in record["stages"] and result.is_file()
-        verify = json.loads(result.read_text(encoding="utf-8")) if done else None
+        done = sorted((name for name in record["stages"] if parts(name).kind == "verify"), key=order)
+        results = {name: path / name / RESULT for name in done}
+        verified = {name: json.loads(file.read_text("utf-8")) for name, file in results.items() if file.is_file()}
         report = run_report(path, record)
     except (ValueError, KeyError) as error:
         raise RunError(f"a file of {path} is damaged: {error}") from error
@@ -71,7 +80,7 @@ def read_run(path: str | Path) -> RunFiles:
     recipe = masked(written)
     if recipe != written:
         text = yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True)
-    return RunFiles(path, hidden(record), recipe, text, list(_metrics(path)), hidden(verify), hidden(report))
+    return RunFiles(path, hidden(record), recipe, text, list(_metrics(path)), hidden(verified), hidden(report))
 
 
 def write_report(run: RunFiles) -> None:
@@ -83,7 +92,7 @@ def run_report(path: Path, record: dict[str, Any]) -> dict[str, Any]:
     """The stages' checks as one list: each with `stage`, `phase` ("before", "during", "after" the training) and, where
     it looked at a model, `model`. No blended score: `verdicts` counts them."""
     checks = []
-    for stage in sorted(record["stages"], key=_place):
+    for stage in sorted(record["stages"], key=order):
         for file in sorted((path / stage).glob("*report.json")):
             part = json.loads(file.read_text(encoding="utf-8"))
             if not isinstance(part.get("checks"), list):
@@ -100,11 +109,6 @@ def run_report(path: Path, record: dict[str, Any]) -> dict[str, Any]:
         "verdicts": {verdict: sum(one["verdict"] == verdict for one in checks) for verdict in VERDICTS},
         "checks": checks,
     }
-
-
-def _place(stage: str) -> tuple[int, str]:
-    kind = stage.partition("-")[0]
-    return STAGES.index(kind) if kind in STAGES else len(STAGES), stage
 
 
 def _phase(name: str) -> str:

@@ -5,12 +5,11 @@ report, and what a stage that was cut goes on with: the pool as files (`pool/`),
 (`duplicates/`), the estimator (`dsir/`) and the scores (`scores/`). These are thrown away where a data file changed.
 """
 
-import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 
@@ -20,42 +19,61 @@ from ..data_selection.files import open_atomic
 from ..data_selection.outputs import pool_rows
 from ..data_selection.report import selection_report, write_report
 from ..data_selection.selection import write_atomic
-from ..data_selection.shards import NamedFiles
-from ..data_selection.shards import fingerprint as file_fingerprint
-from ..data_selection.texts import read_rows
-from .pictures import kept, located
-from .rows import Row, check_row, fingerprint, source_rows, sourced
+from .links import own_sources, sources_behind
+from .pictures import located
+from .pool import (
+    INPUTS,
+    POOL,
+    SELECTED,
+    as_files,
+    content_of,
+    fed,
+    file_inputs,
+    labelled,
+    path_of,
+    read_if_there,
+    rows_of_pool,
+    write_row,
+)
+from .rows import Row, check_row, fingerprint
 from .run_folder import RunError, RunFolder
-from .schema import Columns, Neural, Recipe, Select, Source
+from .schema import Recipe
+from .schema_rows import Neural, Select
+from .schema_sources import Source
+from .steps import Step
 
-SELECTED, CONTROL, BALANCED = "selected.jsonl", "control.jsonl", "balanced.jsonl"
-INPUTS, POOL, COPIES, ESTIMATOR, SCORES = "inputs.json", "pool", "duplicates", "dsir", "scores"
+CONTROL, BALANCED = "control.jsonl", "balanced.jsonl"
+COPIES, ESTIMATOR, SCORES = "duplicates", "dsir", "scores"
 
 
-def run_select(recipe: Recipe, stage: Select, run: RunFolder) -> None:
+def run_select(recipe: Recipe, step: Step, run: RunFolder) -> None:
     """Write the picked rows, the random control, why each row was picked, and the report."""
+    name, written = step.name, step.stage
+    assert isinstance(written, Select)
+    behind = sources_behind(recipe, written)
+    stage: Select = fed(step, run.path, "raw")
     inputs = json.dumps(_inputs(stage), indent=1)
-    same = read_if_there(run.path / "select" / INPUTS) == inputs
-    folder = run.begin("select", (INPUTS, POOL, COPIES, ESTIMATOR, SCORES) if same else ())
+    same = read_if_there(run.path / name / INPUTS) == inputs
+    folder = run.begin(name, (INPUTS, POOL, COPIES, ESTIMATOR, SCORES) if same else ())
     write_atomic(folder / INPUTS, inputs.encode())
 
-    pool = as_files(stage.raw, folder / POOL / "raw")
+    pool = as_files(own_sources(stage), folder / POOL / "raw")
     targets = {name: as_files(given, folder / POOL / f"target-{n}") for n, (name, given) in _targets(stage).items()}
     target: Any = targets if stage.targets is not None else targets["target"]
-    run.add_data("raw", **content_of(pool))
-    run.add_data("target", **content_of([path for paths in targets.values() for path in paths]))
+    run.add_data(labelled(name, "raw"), **content_of(pool))
+    run.add_data(labelled(name, "target"), **content_of([path for paths in targets.values() for path in paths]))
 
     unique = _unique(recipe, stage, folder, pool, targets)
     if unique is not None and not stage.duplicates.report_only:  # type: ignore[union-attr]
         pool = [_kept_rows(pool, unique, folder / POOL / "kept.jsonl")]
     dsir = _fitted(recipe, stage, folder, target, pool)
-    picked = _picked(recipe, stage, folder, dsir, target, pool)
+    picked = _picked(recipe, stage, behind, folder, dsir, target, pool)
     if unique is not None:
         picked = _with_copies(picked, unique, stage)
 
     picked.save(folder / "selection")
     sources, digest = _write_picks(picked, pool, stage.chunk_words, folder)
-    run.add_data("selected", rows=len(picked), sha256=digest)
+    run.add_data(labelled(name, "selected"), rows=len(picked), sha256=digest)
     if stage.report:
         write_report(selection_report(dsir, picked, target=target, out_dir=folder / SCORES), folder)
     facts = {
@@ -66,26 +84,25 @@ def run_select(recipe: Recipe, stage: Select, run: RunFolder) -> None:
     if unique is not None:
         facts["duplicates"] = {"pool": unique.pool_size, "kept": len(unique), **unique.details}
     if stage.push is not None:
-        facts["pushed"] = _pushed(picked, stage, dsir)
-    run.finish("select", **facts)
+        facts["pushed"] = _pushed(picked, stage.push, behind, dsir)
+    run.finish(name, **facts)
 
 
-def _pushed(picked: Selection, stage: Select, dsir: Dsir) -> str:
-    assert stage.push is not None
+def _pushed(picked: Selection, repo: str, sources: list[Source], dsir: Dsir) -> str:
     try:
-        return picked.push_to_hub(stage.push, pool=_Published(picked, stage), dsir=dsir)
+        return picked.push_to_hub(repo, pool=_Published(picked, sources), dsir=dsir)
     except Exception as error:  # the Hub's and the network library's own errors, which differ between their versions
         raise RunError(
-            f"select: the picks are written, but were not pushed to {stage.push!r}: {' '.join(str(error).split())}; "
+            f"select: the picks are written, but were not pushed to {repo!r}: {' '.join(str(error).split())}; "
             "look at the network and at your login, then run again: it goes on with the scores that are there"
         ) from error
 
 
-def selected_rows(run: RunFolder, control: str | None = None) -> list[Row]:
-    """What the select stage picked, or its control: "random", or of adapt_inf "balanced"."""
-    name = {None: SELECTED, "random": CONTROL, "balanced": BALANCED}[control]
-    with (run.path / "select" / name).open(encoding="utf-8") as file:
-        return [located(json.loads(line), run.path / "select") for line in file]
+def selected_rows(run: RunFolder, name: str, control: str | None = None) -> list[Row]:
+    """What the select stage of this name picked, or its control: "random", or of adapt_inf "balanced"."""
+    file_name = {None: SELECTED, "random": CONTROL, "balanced": BALANCED}[control]
+    with (run.path / name / file_name).open(encoding="utf-8") as file:
+        return [located(json.loads(line), run.path / name) for line in file]
 
 
 # ---------------------------------------------------------------- the data as files
@@ -98,76 +115,19 @@ def _targets(stage: Select) -> dict[int, tuple[str, list[Source]]]:
 
 def _inputs(stage: Select) -> dict[str, Any]:
     """The files that the stage reads, by what they are for."""
-    groups = {"raw": stage.raw, **{f"targets.{name}": given for name, given in _targets(stage).values()}}
+    groups = {"raw": own_sources(stage), **{f"targets.{name}": given for name, given in _targets(stage).values()}}
     if stage.duplicates is not None:
         groups |= {f"against.{name}": given for name, given in stage.duplicates.against.items()}
     return file_inputs(groups)
-
-
-def file_inputs(groups: Mapping[str, Sequence[Source]]) -> dict[str, Any]:
-    """What tells whether the files of some groups of sources are those of an earlier attempt."""
-    paths = {name: [path for source in given if (path := _path(source))] for name, given in groups.items()}
-    return {name: file_fingerprint(found, name) for name, found in paths.items() if found}
-
-
-def _path(source: Source) -> str | None:
-    return source if isinstance(source, str) else source.path if isinstance(source, Columns) else None
-
-
-def as_files(sources: list[Source], made: Path) -> list[str]:
-    """The sources as paths: a file that can be read as it is by its own, what is made or has a template of columns by
-    that of a file in the stage's folder.
-
-    Where that folder is must not matter to what is picked, so that the files are named by their place in the recipe.
-    """
-    paths = []
-    for number, source in enumerate(sources):
-        if isinstance(source, str):
-            paths.append(source)
-            continue
-        path = Path(f"{made}-{number}.jsonl")
-        if not path.exists():  # it is there whole or not at all
-            with open_atomic(path) as file:
-                for row in source_rows(source, made.name):
-                    write_row(file, row, path.parent)
-        paths.append(str(path))
-    if all(isinstance(source, str) for source in sources):
-        return paths
-    return NamedFiles(paths, [f"{made.name}-{number}" for number in range(len(paths))])
-
-
-def content_of(paths: list[str]) -> dict[str, Any]:
-    digest, size = hashlib.sha256(), 0
-    for path in paths:
-        with open(path, "rb") as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
-                size += len(block)
-    return {"files": len(paths), "bytes": size, "sha256": digest.hexdigest()}
-
-
-def rows_of_pool(pool: list[str], words: int | None = None) -> Iterator[Row]:
-    """The rows of the pool, or their chunks; one without `source` has its file's path there."""
-    first = 0
-    for path in pool:
-        if words is None:
-            for row, _ in read_rows(path, "raw"):
-                yield sourced(row, path)
-            continue
-        last = -1
-        for piece in Chunks(path, words):
-            last = int(piece["row"])
-            yield sourced({**piece, "row": first + last}, path)
-        first += last + 1
 
 
 class _Published:
     """The pool for the Hub: where `source` is a path of the recipe it is cut to the file's name, lest the folders of
     this machine are published. It can be read more than once."""
 
-    def __init__(self, picked: Selection, stage: Select) -> None:
+    def __init__(self, picked: Selection, sources: list[Source]) -> None:
         self.pool = picked.pool
-        self.names = {path: Path(path).name for source in stage.raw if (path := _path(source))}
+        self.names = {path: Path(path).name for source in sources if (path := path_of(source))}
 
     def __iter__(self) -> Iterator[Row]:
         for row in pool_rows(self.pool):
@@ -175,16 +135,18 @@ class _Published:
             yield {**row, "source": self.names[source]} if source in self.names else row
 
 
-def write_row(file: BinaryIO, row: Row, folder: Path) -> None:
-    """A line of a file in this folder."""
-    file.write(json.dumps(kept(row, folder), default=str).encode() + b"\n")
-
-
-def read_if_there(path: Path) -> str | None:
-    return path.read_text(encoding="utf-8") if path.is_file() else None
-
-
 # ---------------------------------------------------------------- the steps
+
+
+def _kept_rows(pool: list[str], unique: Selection, path: Path) -> str:
+    if not path.exists():
+        kept = np.zeros(unique.pool_size, bool)
+        kept[unique.indices] = True
+        with open_atomic(path) as file:
+            for row, keep in zip(rows_of_pool(pool), kept.tolist(), strict=True):
+                if keep:
+                    write_row(file, row, path.parent)
+    return str(path)
 
 
 def _unique(
@@ -202,23 +164,12 @@ def _unique(
     }
     if given.against_target:
         against |= {"target" if name == "target" else f"target {name}": paths for name, paths in targets.items()}
-    options = given.model_dump(exclude={"against", "against_target"})
-    found = deduplicate(pool, **options, against=against, seed=recipe.seed)
+    rules: dict[str, Any] = {**given.rules(), "report_only": given.report_only}
+    found = deduplicate(pool, **rules, against=against, seed=recipe.seed)
     if not len(found):
         raise RunError(f"duplicates: no row of the pool is left ({found.details['left_out']}); look at 'against'")
     found.save(folder / COPIES)
     return found
-
-
-def _kept_rows(pool: list[str], unique: Selection, path: Path) -> str:
-    if not path.exists():
-        kept = np.zeros(unique.pool_size, bool)
-        kept[unique.indices] = True
-        with open_atomic(path) as file:
-            for row, keep in zip(rows_of_pool(pool), kept.tolist(), strict=True):
-                if keep:
-                    write_row(file, row, path.parent)
-    return str(path)
 
 
 def _fitted(recipe: Recipe, stage: Select, folder: Path, target: Any, pool: list[str]) -> Dsir:
@@ -234,12 +185,14 @@ def dsir_settings(stage: Select) -> dict[str, Any]:
     return {name: getattr(stage, name) for name in Dsir.__dataclass_fields__}
 
 
-def _picked(recipe: Recipe, stage: Select, folder: Path, dsir: Dsir, target: Any, pool: list[str]) -> Selection:
+def _picked(
+    recipe: Recipe, stage: Select, sources: list[Source], folder: Path, dsir: Dsir, target: Any, pool: list[str]
+) -> Selection:
     rules = {
         name: getattr(stage, name)
         for name in ("temperature", "tokens", "source_caps", "min_tokens", "max_tokens", "exclude_copies", "num_proc")
     }
-    rules["source_caps"] = spelled_caps(stage)
+    rules["source_caps"] = spelled_caps(stage, sources)
     rules |= {"method": stage.sampler, "seed": recipe.seed, "out_dir": folder / SCORES}
     if stage.engine == "ray":
         from ..data_selection.ray_engine import score_with_ray
@@ -256,11 +209,12 @@ def _picked(recipe: Recipe, stage: Select, folder: Path, dsir: Dsir, target: Any
     return neural.select(pool, stage.k, dsir, stage.neural.alpha, **rules)
 
 
-def spelled_caps(stage: Select) -> dict[str, int | float] | None:
-    """The caps, those on files with the path as `raw` spells it, which is the source of the file's rows."""
+def spelled_caps(stage: Select, sources: list[Source]) -> dict[str, int | float] | None:
+    """The caps, those on files with the path as one of the pool's sources spells it, which is the source of the file's
+    rows."""
     if stage.source_caps is None:
         return None
-    files = [path for source in stage.raw if (path := _path(source))]
+    files = [path for source in sources if (path := path_of(source))]
     spelled = {str(Path(path)): path for path in files}
     return {
         source if source in files else spelled.get(str(Path(source)), source): cap

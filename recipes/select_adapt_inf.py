@@ -24,44 +24,51 @@ from ..data_selection import AdaptInf, Selection, score_samples
 from ..data_selection.files import open_atomic
 from ..data_selection.projections import Factorised
 from ..data_selection.selection import top_k, uniform_noise, write_atomic
+from .links import own_sources
 from .pictures import as_paths, is_processor, picture_training
-from .progress import Report
-from .rows import Row, check_row, fingerprint, tokenize
-from .run_folder import RunError, RunFolder
-from .schema import Adapter, AdaptInfSelect, Factors, Recipe, Select, Sft, Skill, Source
-from .select import (
-    BALANCED,
-    CONTROL,
+from .pool import (
     INPUTS,
     POOL,
     SELECTED,
     as_files,
     content_of,
+    fed,
     file_inputs,
+    labelled,
     read_if_there,
     rows_of_pool,
     write_row,
 )
+from .progress import Report
+from .rows import Row, check_row, fingerprint, tokenize
+from .run_folder import RunError, RunFolder
+from .schema import Recipe, Sft
+from .schema_model import Adapter
+from .schema_rows import AdaptInfSelect, Factors, Skill
+from .schema_sources import Source
+from .select import BALANCED, CONTROL
 from .selection_pictures import PICTURES, picture_numbers
+from .steps import Step
 from .training import ADAPTER, exact_parameters, new_adapter, saved_adapter
 
 STORE, WARM_UP, DATASETS = "store", "warm_up", "datasets"
 WARM_UP_STREAM, HELD_OUT_STREAM = 31, 32  # of random numbers, apart from those of the selection
 
 
-def run_adapt_inf(recipe: Recipe, stage: AdaptInfSelect, run: RunFolder) -> None:
+def run_adapt_inf(recipe: Recipe, step: Step, run: RunFolder) -> None:
     """Score the pool, pick, and write picks, controls and reasons; or prepare a sequence of datasets."""
+    stage: AdaptInfSelect = fed(step, run.path, "raw")
     inputs = json.dumps(file_inputs(_groups(stage)), indent=1)
-    same = read_if_there(run.path / "select" / INPUTS) == inputs
-    folder = run.begin("select", (INPUTS, POOL, WARM_UP, STORE, DATASETS) if same else ())
+    same = read_if_there(run.path / step.name / INPUTS) == inputs
+    folder = run.begin(step.name, (INPUTS, POOL, WARM_UP, STORE, DATASETS) if same else ())
     write_atomic(folder / INPUTS, inputs.encode())
     if stage.datasets is not None:
-        _prepare(recipe, stage, stage.datasets, folder, run)
+        _prepare(recipe, step, stage.datasets, folder, run)
         return
-    pool = as_files(stage.raw or [], folder / POOL / "raw")
-    run.add_data("raw", **content_of(pool))
+    pool = as_files(own_sources(stage), folder / POOL / "raw")
+    run.add_data(labelled(step.name, "raw"), **content_of(pool))
     rows = [as_paths(row, folder / POOL) for row in _checked_rows(pool)]
-    model, tokenizer, scored_with = _scoring_model(recipe, stage, rows, folder, run)
+    model, tokenizer, scored_with = _scoring_model(recipe, step, rows, folder, run)
     for number, path in enumerate(stage.members if isinstance(stage.members, list) else ()):
         model.load_adapter(path, _member(number))
     store = score_samples(model, tokenizer, rows, **scoring_settings(recipe, stage), out_dir=folder / STORE)
@@ -81,8 +88,8 @@ def run_adapt_inf(recipe: Recipe, stage: AdaptInfSelect, run: RunFolder) -> None
         chosen = _write_rows(folder / file, found, rows)
         sources[name] = dict(Counter(str(row["source"]) for row in chosen))
         if found is picked:
-            run.add_data("selected", rows=len(chosen), sha256=fingerprint(chosen))
-    run.finish("select", **picked.summary(), sources=sources, scored_with=scored_with)
+            run.add_data(labelled(step.name, "selected"), rows=len(chosen), sha256=fingerprint(chosen))
+    run.finish(step.name, **picked.summary(), sources=sources, scored_with=scored_with)
 
 
 def adapt_inf(stage: AdaptInfSelect) -> AdaptInf:
@@ -116,15 +123,8 @@ def budget_of(stage: AdaptInfSelect, rows: int) -> int:
     return stage.k if isinstance(stage.k, int) else max(1, round(stage.k * rows))
 
 
-def pool_sources(stage: Select | AdaptInfSelect) -> list[Source]:
-    """All that may be picked from."""
-    if isinstance(stage, Select):
-        return stage.raw
-    return [*(stage.raw or []), *(source for skill in stage.datasets or [] for source in skill.raw)]
-
-
 def _groups(stage: AdaptInfSelect) -> dict[str, list[Source]]:
-    groups = {"raw": stage.raw or []}
+    groups = {} if stage.datasets is not None else {"raw": own_sources(stage)}
     for skill in stage.datasets or []:
         groups |= {f"datasets.{skill.name}": skill.raw, f"test.{skill.name}": skill.test or []}
     return groups
@@ -149,22 +149,26 @@ def _write_rows(path: Path, found: Selection, rows: Sequence[Row]) -> list[Row]:
 
 
 def _scoring_model(
-    recipe: Recipe, stage: AdaptInfSelect, rows: Sequence[Row], folder: Path, run: RunFolder
+    recipe: Recipe, step: Step, rows: Sequence[Row], folder: Path, run: RunFolder
 ) -> tuple[Any, Any, str]:
     """Base and adapter to score with, the tokenizer, and in words which adapter that is."""
+    stage: Any = step.stage
     if stage.adapter_from is not None:
         return *saved_adapter(recipe, Path(stage.adapter_from), run.path), stage.adapter_from
-    if any(isinstance(other, Sft) for other in recipe.stages[: recipe.stages.index(stage)]):
-        return *saved_adapter(recipe, run.path / "sft" / ADAPTER, run.path), "the adapter of the sft stage"
-    warm_up(recipe, stage, rows, folder / WARM_UP, run)
+    if step.start is not None:
+        return *saved_adapter(
+            recipe, run.path / step.start / ADAPTER, run.path
+        ), f"the adapter of the {step.start} stage"
+    warm_up(recipe, step, rows, folder / WARM_UP, run)
     # Read back even where it was just trained: a run that goes on then scores with the very same model.
     return *saved_adapter(recipe, folder / WARM_UP, run.path), f"an adapter warmed up for {stage.warm_up.steps} steps"
 
 
-def warm_up(recipe: Recipe, stage: AdaptInfSelect, rows: Sequence[Row], out: Path, run: RunFolder) -> None:
+def warm_up(recipe: Recipe, step: Step, rows: Sequence[Row], out: Path, run: RunFolder) -> None:
     """Train a fresh adapter for some steps on random rows, into `out`, where it appears whole or not at all."""
     if out.is_dir():
         return
+    stage: Any = step.stage
     model, tokenizer = new_adapter(recipe, adapter_section(recipe, stage), run.path)
     settings = stage.warm_up
     count = min(len(rows), settings.steps * settings.batch_size)
@@ -196,12 +200,12 @@ def warm_up(recipe: Recipe, stage: AdaptInfSelect, rows: Sequence[Row], out: Pat
             args=arguments,
             processing_class=tokenizer,
             **data,
-            callbacks=[Report("select", run, shown=("loss",))],
+            callbacks=[Report(step.name, run, shown=("loss",))],
         )
     trainer.remove_callback(PrinterCallback)
     trainer.train()
     if not all(torch.isfinite(p).all() for p in model.parameters() if p.requires_grad):
-        raise RunError("select: the adapter is not finite after the warm-up; lower warm_up.learning_rate")
+        raise RunError(f"{step.name}: the adapter is not finite after the warm-up; lower warm_up.learning_rate")
     shutil.rmtree(beside, ignore_errors=True)
     trainer.model.save_pretrained(str(beside))
     tokenizer.save_pretrained(str(beside))
@@ -210,15 +214,18 @@ def warm_up(recipe: Recipe, stage: AdaptInfSelect, rows: Sequence[Row], out: Pat
 
 def adapter_section(recipe: Recipe, stage: AdaptInfSelect) -> Adapter:
     """Which adapter is warmed up."""
-    sft = recipe.stage("sft")
-    return stage.adapter or (sft.adapter if sft is not None else Adapter())
+    after = recipe.stages[recipe.place(stage) :]
+    sft = next((one for one in after if isinstance(one, Sft)), None) or recipe.before(stage, "sft")
+    return stage.adapter or (sft.adapter if sft is not None else None) or Adapter()
 
 
 # ---------------------------------------------------------------- a sequence of datasets
 
 
-def _prepare(recipe: Recipe, stage: AdaptInfSelect, skills: Sequence[Skill], folder: Path, run: RunFolder) -> None:
-    """Write each dataset's rows for the pool and for the test, and the adapter that all policies begin with."""
+def _prepare(recipe: Recipe, step: Step, skills: Sequence[Skill], folder: Path, run: RunFolder) -> None:
+    """Write each dataset's rows for the pool and for the test, and, where there is none yet, the adapter that all
+    policies begin with."""
+    stage: Any = step.stage
     facts, first = {}, list[Row]()
     for number, skill in enumerate(skills):
         files = as_files(skill.raw, folder / POOL / f"raw-{number}")
@@ -226,7 +233,7 @@ def _prepare(recipe: Recipe, stage: AdaptInfSelect, skills: Sequence[Skill], fol
         if skill.test is None:
             if len(rows) <= stage.held_out:
                 raise RunError(
-                    f"select: {skill.name!r} has {len(rows)} rows, of which {stage.held_out} are held out for the "
+                    f"{step.name}: {skill.name!r} has {len(rows)} rows, of which {stage.held_out} are held out for the "
                     "test, so that none is left; lower held_out, or give test"
                 )
             noise = uniform_noise(recipe.seed, len(rows), HELD_OUT_STREAM)
@@ -239,26 +246,27 @@ def _prepare(recipe: Recipe, stage: AdaptInfSelect, skills: Sequence[Skill], fol
             with open_atomic(folder / DATASETS / name) as file:
                 for row in part:
                     write_row(file, row, folder / DATASETS)
-        run.add_data(skill.name, rows=len(rows), sha256=fingerprint(rows))
-        run.add_data(f"{skill.name} (test)", rows=len(tests), sha256=fingerprint(tests))
+        run.add_data(labelled(step.name, skill.name), rows=len(rows), sha256=fingerprint(rows))
+        run.add_data(labelled(step.name, f"{skill.name} (test)"), rows=len(tests), sha256=fingerprint(tests))
         facts[skill.name] = {"rows": len(rows), "test": len(tests)}
         first = first or rows
-    if stage.adapter_from is None:
-        warm_up(recipe, stage, first, folder / WARM_UP, run)
-    run.finish("select", method="adapt_inf", datasets=facts)
+    if stage.adapter_from is None and step.start is None:
+        warm_up(recipe, step, first, folder / WARM_UP, run)
+    run.finish(step.name, method="adapt_inf", datasets=facts)
 
 
-def start_adapter(stage: AdaptInfSelect, run: RunFolder) -> Path:
-    """The adapter that every policy over a sequence of datasets begins with."""
-    return Path(stage.adapter_from) if stage.adapter_from is not None else run.path / "select" / WARM_UP
+def start_adapter(stage: AdaptInfSelect, sft: Step, run: RunFolder) -> Path:
+    """The adapter that every policy over a sequence of datasets begins with. sft: the step that trains on them."""
+    if sft.start is not None:
+        return run.path / sft.start / ADAPTER
+    return Path(stage.adapter_from) if stage.adapter_from is not None else run.path / str(sft.rows) / WARM_UP
 
 
-def prepared(stage: AdaptInfSelect, run: RunFolder) -> tuple[dict[str, list[Row]], dict[str, list[Row]]]:
+def prepared(stage: AdaptInfSelect, folder: Path) -> tuple[dict[str, list[Row]], dict[str, list[Row]]]:
     """What `_prepare` wrote: the rows of each dataset for the pool, and for the test."""
-    folder = run.path / "select" / DATASETS
     found: tuple[dict[str, list[Row]], dict[str, list[Row]]] = ({}, {})
     for skill in stage.datasets or []:
         for part, name in zip(found, (f"{skill.name}.jsonl", f"{skill.name}.test.jsonl"), strict=True):
-            with (folder / name).open(encoding="utf-8") as file:
+            with (folder / DATASETS / name).open(encoding="utf-8") as file:
                 part[skill.name] = [json.loads(line) for line in file]
     return found

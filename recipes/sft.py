@@ -1,4 +1,4 @@
-"""The sft stage: supervised fine-tuning of a fresh adapter on the selection, through TRL."""
+"""The sft stage: supervised fine-tuning of a fresh adapter, or of the newest one, through TRL."""
 
 import sys
 from typing import Any
@@ -9,28 +9,33 @@ from trl import SFTConfig, SFTTrainer
 from ..data_selection.encoding import images_of
 from ..rl.labelled_head import score_labelled_only
 from .checkpoints import Checkpoints
+from .dedup import kept_rows
 from .lifelong import is_sequence, run_lifelong
+from .links import own_sources
+from .names import parts
 from .pictures import as_paths, fitting, is_processor, picture_training
 from .progress import Report
 from .rows import Row, fingerprint, read_sources, tokenize
 from .run_folder import RunError, RunFolder
 from .schema import Recipe, Sft
 from .select import selected_rows
+from .steps import Step
 from .trainer_args import given, value_of
-from .training import begin, exact_parameters, new_adapter, train, trainer_arguments
+from .training import begin, begun_adapter, exact_parameters, train, trainer_arguments
 
 
-def run_sft(recipe: Recipe, stage: Sft, run: RunFolder, control: str | None = None) -> None:
-    """Train on the stage's data, or on that of a `control` of equal size, otherwise alike."""
+def run_sft(recipe: Recipe, step: Step, run: RunFolder) -> None:
+    """Train on the stage's data, or, as a control, on other data of equal size, otherwise alike."""
+    name, stage = step.name, step.stage
+    assert isinstance(stage, Sft)
     if is_sequence(recipe, stage):
-        return run_lifelong(recipe, stage, run, control)
-    name = f"sft-{control}" if control else "sft"
+        return run_lifelong(recipe, step, run)
     folder, last = begin(run, name)
     checkpoints = Checkpoints(run.key(name), last, given(stage.trainer))
-    rows = _rows(stage, run, control)
-    model, tokenizer = new_adapter(recipe, stage.adapter, run.path)
+    rows = _rows(stage, step, run)
+    model, tokenizer = begun_adapter(recipe, step, run.path)
     if is_processor(tokenizer):
-        return _run_on_pictures(recipe, stage, run, name, rows, model, tokenizer, checkpoints)
+        return _run_on_pictures(recipe, step, run, rows, model, tokenizer, checkpoints)
     dataset = Dataset.from_list([tokenize(row, tokenizer) for row in rows])
     with exact_parameters(model):
         trainer: Any = SFTTrainer(
@@ -50,15 +55,16 @@ def run_sft(recipe: Recipe, stage: Sft, run: RunFolder, control: str | None = No
 
 def _run_on_pictures(
     recipe: Recipe,
-    stage: Sft,
+    step: Step,
     run: RunFolder,
-    name: str,
     rows: list[Row],
     model: Any,
     processor: Any,
     checkpoints: Checkpoints,
 ) -> None:
     """The same for a model that reads pictures."""
+    name, stage = step.name, step.stage
+    assert isinstance(stage, Sft)
     folder = run.path / name
     rows = [as_paths(row, folder) for row in rows]
     fit = fitting(rows, processor, name, value_of(stage.trainer, "max_length"), run.processes.first)
@@ -71,6 +77,7 @@ def _run_on_pictures(
             **picture_training(fit, processor),
             callbacks=[checkpoints, Report(name, run, shown=("loss",))],
         )
+    score_labelled_only(trainer.model)
     pictures = sum(len(images_of(row)) for row in fit)
     run.add_data(name, rows=len(rows), sha256=fingerprint(rows), kept=len(fit), pictures=pictures)
     train(trainer, run, name, folder, processor, checkpoints)
@@ -86,7 +93,9 @@ def _say_what_is_cut(name: str, rows: int, trainer: Any, aloud: bool) -> None:
         print(f"{dropped}, and are left out", file=sys.stderr)
 
 
-def _rows(stage: Sft, run: RunFolder, control: str | None) -> list[Row]:
-    if isinstance(stage.data, str):
-        return selected_rows(run, control)
-    return read_sources(stage.data, "data")
+def _rows(stage: Sft, step: Step, run: RunFolder) -> list[Row]:
+    if step.rows is None:
+        return read_sources(own_sources(stage), "data")
+    if parts(step.rows).kind == "dedup":
+        return list(kept_rows(run.path / step.rows))
+    return selected_rows(run, step.rows, step.control)

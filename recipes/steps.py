@@ -2,41 +2,41 @@
 
 from dataclasses import dataclass
 
-from .schema import AdaptInfSelect, Recipe, Rl, Select, Sft, Verify
+from .links import feeder, start
+from .schema import Recipe, Rl, Sft, Stage, Verify
 
 
 @dataclass(frozen=True)
 class Step:
-    """A stage, or a control of one.
-
-    name: of its folder, "sft", "sft-random". needs: the steps whose results it reads.
-    """
+    """A stage, or a control of one."""
 
     name: str
-    stage: Select | AdaptInfSelect | Sft | Rl | Verify
+    """Of its folder, see `names`."""
+    stage: Stage
     control: str | None = None
-    needs: tuple[str, ...] = ()
+    rows: str | None = None
+    """The step whose rows it takes."""
+    start: str | None = None
+    """The step whose adapter it continues, or scores with."""
+    adapters: tuple[str, ...] = ()
+    """The steps whose adapters it compares."""
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """The steps whose results it reads."""
+        return tuple(name for name in (self.rows, self.start, *self.adapters) if name is not None)
 
 
 def steps(recipe: Recipe) -> list[Step]:
     found: list[Step] = []
-    for stage in recipe.stages:
-        adapters = tuple(step.name for step in found if isinstance(step.stage, Sft | Rl))
-        if isinstance(stage, AdaptInfSelect):
-            own = stage.adapter_from is not None or "sft" not in adapters
-            found.append(Step("select", stage, needs=() if own else ("sft",)))
-        elif isinstance(stage, Select):
-            found.append(Step("select", stage))
-        elif isinstance(stage, Verify):
-            found.append(Step("verify", stage, needs=adapters))
+    for name, stage in zip(recipe.names, recipe.stages, strict=True):
+        rows, begins = (
+            None if one is None else recipe.name_of(one) for one in (feeder(recipe, stage), start(recipe, stage))
+        )
+        if isinstance(stage, Sft | Rl):
+            for control in (None, *stage.controls):
+                found.append(Step(f"{name}-{control}" if control else name, stage, control, rows, begins))
         else:
-            if isinstance(stage, Sft):
-                needs = ("select",) if isinstance(stage.data, str) else ()
-            else:
-                needs = ("sft",) if stage.adapter is None else ()
-            name = stage.stage
-            found += [
-                Step(f"{name}-{control}" if control else name, stage, control, needs)
-                for control in (None, *stage.controls)
-            ]
+            trained = tuple(step.name for step in found if isinstance(step.stage, Sft | Rl))
+            found.append(Step(name, stage, None, rows, begins, trained if isinstance(stage, Verify) else ()))
     return found

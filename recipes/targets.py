@@ -18,7 +18,7 @@ from ..adapters import AdapterError, MokaConfig
 from ..adapters.base import resolve_model, takes_pictures
 from ..adapters.layer import MokaLayer
 from . import needs
-from .schema import Adapter, BaseModelSection
+from .schema_model import Adapter, BaseModelSection
 from .training import moka_config
 
 Size = tuple[int, int]

@@ -14,9 +14,12 @@ from transformers import PrinterCallback, Trainer, set_seed
 
 from ..adapters import MokaConfig, load_base
 from .checkpoints import Checkpoint, Checkpoints, last_checkpoint, of_rank, remove_checkpoints, saving
+from .links import fresh_adapter
 from .precision import recipe_plan, save_plan
 from .run_folder import TRAINER, RunError, RunFolder
-from .schema import Adapter, BaseModelSection, Recipe
+from .schema import Recipe, Rl, Sft
+from .schema_model import Adapter, BaseModelSection
+from .steps import Step
 from .trainer_args import given
 
 ADAPTER = "adapter"
@@ -46,6 +49,17 @@ def saved_adapter(recipe: Recipe, folder: Path, run: Path) -> tuple[PeftModel, A
     model, tokenizer = load_recipe_base(recipe.base, run)
     set_seed(recipe.seed)
     return PeftModel.from_pretrained(model, str(folder), is_trainable=True), tokenizer
+
+
+def begun_adapter(recipe: Recipe, step: Step, run: Path) -> tuple[PeftModel, Any]:
+    """The base with the adapter that an sft or rl step begins with: the newest one, or a fresh one."""
+    assert isinstance(step.stage, Sft | Rl)
+    fresh = fresh_adapter(recipe, step.stage)
+    return (
+        saved_adapter(recipe, run / str(step.start) / ADAPTER, run)
+        if fresh is None
+        else new_adapter(recipe, fresh, run)
+    )
 
 
 def moka_config(adapter: Adapter) -> MokaConfig:

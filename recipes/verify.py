@@ -12,38 +12,45 @@ from ..rl import checks, heuristic_table, score
 from ..rl.evaluation import mark_all
 from ..rl.plots import draw_completion
 from ..rl.statistics import bootstrap_interval, paired_difference
+from .links import rl_of
 from .masking import without_secrets
 from .models import Model
+from .names import is_control, parts
 from .rl import make_credit, make_task
 from .rows import fingerprint
 from .run_folder import RunFolder
-from .schema import Recipe, Verify
+from .schema import Recipe, Rl, Verify
+from .steps import Step
 from .training import load_recipe_base
 from .verify_checks import ALL, Answers, after_answers, curves, while_loaded
 
 RESULT, ANSWERS = "verify.json", "answers"
 
 
-def run_verify(recipe: Recipe, stage: Verify, run: RunFolder, adapters: list[str]) -> None:
-    """Score the base and the adapters of these stages, and check the last that is no control.
+def run_verify(recipe: Recipe, step: Step, run: RunFolder) -> None:
+    """Score the base and the adapters of the stages before, and check the last that is no control.
 
-    Answers are kept in one file a model; whatever a model was asked before the stage was cut is not asked again.
+    Answers are kept in one file a model; whatever a model was asked before the stage was cut, or by an earlier verify
+    stage, is not asked again.
     """
-    folder = run.begin("verify", reuse=(ANSWERS,))
-    settings = stage.task or recipe.stage("rl").task
+    stage = step.stage
+    assert isinstance(stage, Verify)
+    folder = run.begin(step.name, reuse=(ANSWERS,))
+    earlier = [run.path / name / ANSWERS for name in _verified_before(recipe, stage)]
+    settings = stage.task or rl_of(recipe, stage).task
     task = make_task(settings)
     instances = task.instances(stage.instances, settings.n, stage.seed, "test", settings.discriminating)
-    run.add_data("verify", rows=len(instances), sha256=fingerprint({"instance": task.to_json(i)} for i in instances))
+    run.add_data(step.name, rows=len(instances), sha256=fingerprint({"instance": task.to_json(i)} for i in instances))
     base = cache(lambda: load_recipe_base(recipe.base, run.path))
 
-    names = ["base", *adapters]
-    last = [name for name in names if "-" not in name][-1]  # no control
+    names = ["base", *step.adapters]
+    last = [name for name in names if not is_control(name)][-1]
     said = Answers(task, settings.n, instances, last)
     found, picture = {}, None
     prompts, solutions = [task.prompt(one) for one in instances], [task.completion(one) for one in instances]
     sure = {}
     for name in names:
-        model = Model.of_stage(name, recipe, stage, run.path, folder / ANSWERS, base)
+        model = Model.of_stage(name, recipe, stage, run.path, [folder / ANSWERS, *earlier], base)
         said.greedy[name] = model.ask("greedy", prompts)
         sure[name] = model.probabilities(prompts, solutions)
         if stage.samples:
@@ -81,10 +88,14 @@ def run_verify(recipe: Recipe, stage: Verify, run: RunFolder, adapters: list[str
         "credit_picture": picture,
     }
     if ordered:
-        about = {"stage": "verify", "model": last, "task": settings.model_dump(), "instances": len(instances)}
+        about = {"stage": step.name, "model": last, "task": settings.model_dump(), "instances": len(instances)}
         result["checks"] = checks.write_report(without_secrets(ordered), folder / "rlvr_report.json", about)["checks"]
     write_atomic(folder / RESULT, json.dumps(result, indent=2).encode())
-    run.finish("verify", certificate={name: value["certificate"]["value"] for name, value in models.items()})
+    run.finish(step.name, certificate={name: value["certificate"]["value"] for name, value in models.items()})
+
+
+def _verified_before(recipe: Recipe, stage: Verify) -> list[str]:
+    return [name for name in recipe.names[: recipe.place(stage)] if parts(name).kind == "verify"]
 
 
 def _changes(right: dict[str, list[bool]], sure: dict[str, list[float]]) -> list[dict[str, Any]]:
@@ -93,9 +104,9 @@ def _changes(right: dict[str, list[bool]], sure: dict[str, list[float]]) -> list
 
     right, sure: one value an instance, the same instances for every model. The intervals are of a paired bootstrap.
     """
-    stages = [name for name in right if "-" not in name]
+    stages = [name for name in right if not is_control(name)]
     pairs = [*zip(stages[:-1], stages[1:], strict=True)]
-    pairs += [(name, name.split("-")[0]) for name in right if "-" in name]
+    pairs += [(name, parts(name).stage) for name in right if is_control(name)]
     found = []
     for before, after in pairs:
         value, low, high = paired_difference(right[after], right[before])
@@ -113,8 +124,8 @@ def _mean(values: Sequence[float]) -> dict[str, Any]:
 
 def _credit_picture(recipe: Recipe, model: Model, said: Answers, folder: Path) -> str | None:
     """Draws one answer as token credit sees it, where the rl stage used it: a right one, if there is any."""
-    rl = recipe.stage("rl")
-    if model.name != "rl" or rl.credit is None or make_credit(rl).strategy == "off":
+    rl = recipe.stage(model.name)
+    if not isinstance(rl, Rl) or rl.credit is None or make_credit(rl).strategy == "off":
         return None
     answers = said.greedy[model.name]
     marks = [said.task.mark(one, text) for one, text in zip(said.instances, answers, strict=True)]
@@ -133,6 +144,6 @@ def _credit_picture(recipe: Recipe, model: Model, said: Answers, folder: Path) -
     return "credit.svg"
 
 
-def verification(run_path: Path) -> dict[str, Any]:
-    """What the verify stage wrote."""
-    return json.loads((run_path / "verify" / RESULT).read_text(encoding="utf-8"))
+def verification(run_path: Path, name: str) -> dict[str, Any]:
+    """What the verify stage of this name wrote."""
+    return json.loads((run_path / name / RESULT).read_text(encoding="utf-8"))

@@ -16,7 +16,9 @@ from ..rl.checks.rows import held_out_overlap
 from ..rl.tasks import Instance
 from ..rl.tasks.base import Mark
 from .audit import training_texts
+from .links import rl_of
 from .models import Model
+from .names import is_control, parts
 from .rewards import Reward, guard_of, make_reward
 from .schema import Recipe, Verify
 from .trainer_args import given
@@ -93,7 +95,7 @@ def while_loaded(recipe: Recipe, stage: Verify, run: Path, said: Answers, model:
     }
     found = {name: [_tried(name, ways[name])] for name in wanted(stage, ASKED)}
     if "contamination" in found:
-        found["contamination"].insert(0, _tried("contamination", lambda: _overlap(recipe, run, said)))
+        found["contamination"].insert(0, _tried("contamination", lambda: _overlap(recipe, stage, run, said)))
     return found
 
 
@@ -128,13 +130,13 @@ def after_answers(recipe: Recipe, stage: Verify, said: Answers) -> Found:
     if wanted(stage, ["base_vs_tuned"]):
         found["base_vs_tuned"] = _base_vs_tuned(said)
     if stage.checks and stage.samples or wanted(stage, ["headroom"]):
-        found["headroom"] = [_tried("headroom", lambda: _headroom(recipe, said))]
+        found["headroom"] = [_tried("headroom", lambda: _headroom(recipe, stage, said))]
     return found
 
 
 def _reward(recipe: Recipe, stage: Verify, task: CertificateTask) -> tuple[Reward, str]:
     """The rl stage's reward where that stage has this task, else the certificate reward; and its name."""
-    rl = recipe.stage("rl")
+    rl = rl_of(recipe, stage)
     if rl is not None and rl.task is not None:
         settings = stage.task or rl.task
         if (settings.name, settings.options) == (rl.task.name, rl.task.options):
@@ -142,11 +144,12 @@ def _reward(recipe: Recipe, stage: Verify, task: CertificateTask) -> tuple[Rewar
     return CertificateReward(task), "certificate (the rl stage has another task)"
 
 
-def _headroom(recipe: Recipe, said: Answers) -> CheckResult:
+def _headroom(recipe: Recipe, stage: Verify, said: Answers) -> CheckResult:
     """Of the model that the rl stage began with, with that stage's group size."""
-    rl = recipe.stage("rl")
-    trained = [name for name in said.greedy if "-" not in name]
-    begins = trained[: trained.index("rl")] if "rl" in trained else trained
+    rl = rl_of(recipe, stage)
+    trained = _models(said)
+    name = None if rl is None else recipe.name_of(rl)
+    begins = trained[: trained.index(name)] if name in trained else trained
     if rl is None or not said.samples:
         return not_run("headroom", "there is no rl stage" if rl is None else "no samples were drawn; set samples")
     result = checks.headroom(said.right(begins[-1]), given(rl.trainer).get("num_generations") or GROUP)
@@ -191,7 +194,7 @@ def _tried(name: str, way: Callable[[], CheckResult]) -> CheckResult:
 
 def _base_vs_tuned(said: Answers) -> list[CheckResult]:
     """Each trained model against the base, and each against the one before it."""
-    trained = [name for name in said.greedy if "-" not in name]
+    trained = _models(said)
     pairs = [("base", name) for name in trained[1:]] + list(zip(trained[1:], trained[2:], strict=False))
     found = []
     for first, second in pairs:
@@ -201,21 +204,27 @@ def _base_vs_tuned(said: Answers) -> list[CheckResult]:
 
 
 def _spurious_controls(said: Answers) -> CheckResult:
-    """The last stage's gain against that of its runs with a reward that knows nothing, named <stage>-<control>."""
-    names = list(said.greedy)
-    controls = {name.partition("-")[2]: name for name in names if name.startswith("rl-")}
-    if said.last != "rl" or not controls:
+    """The last stage's gain against that of its runs with a reward that knows nothing."""
+    last = parts(said.last)
+    mine = [name for name in said.greedy if is_control(name) and parts(name).stage == last.stage]
+    if last.kind != "rl" or not mine:
         return not_run("spurious_controls", "the rl stage was run with no controls", len(said.instances))
-    before = [name for name in names if "-" not in name][-2]
-    rate = {name: [sum(row) / len(row) for row in said.right(name)] for name in (before, "rl", *controls.values())}
-    return checks.spurious_controls(rate[before], rate["rl"], {key: rate[name] for key, name in controls.items()})
+    before = _models(said)[-2]
+    rate = {name: [sum(row) / len(row) for row in said.right(name)] for name in (before, said.last, *mine)}
+    controls = {str(parts(name).control): rate[name] for name in mine}
+    return checks.spurious_controls(rate[before], rate[said.last], controls)
 
 
-def _overlap(recipe: Recipe, run: Path, said: Answers) -> CheckResult:
+def _models(said: Answers) -> list[str]:
+    """The base and what each stage made of it, without the controls."""
+    return [name for name in said.greedy if not is_control(name)]
+
+
+def _overlap(recipe: Recipe, stage: Verify, run: Path, said: Answers) -> CheckResult:
     """Whether the test questions stand in the training data."""
     prompts = [said.task.prompt(one) for one in said.instances]
     try:
-        result = held_out_overlap(prompts, training_texts(recipe, run))
+        result = held_out_overlap(prompts, training_texts(recipe, run, stage))
     except (DataSelectionError, OSError) as error:
         return not_run("contamination", f"the training data cannot be read again: {error}", len(prompts))
     return replace(result, details={"by": "overlap", **result.details})

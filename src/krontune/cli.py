@@ -76,7 +76,7 @@ def check(recipe: RecipeName, overrides: Overrides = None, show_traceback: Trace
         ]
         if faults:
             raise RecipeError(faults)
-        typer.echo(f"{recipe}: no faults; stages: {', '.join(stage.stage for stage in loaded.stages)}")
+        typer.echo(f"{recipe}: no faults; stages: {', '.join(loaded.names)}")
         from krontune.recipes.preview import print_preview
 
         print_preview(loaded)

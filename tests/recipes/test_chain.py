@@ -20,12 +20,13 @@ class Stages:
         self.started, self.checked, self.fails, self.faults = [], 0, {}, []
 
     def stage(self, name, adapter=False):
-        def run(recipe, stage, folder, extra=None):
-            self.work(f"{name}-{extra}" if isinstance(extra, str) else name, folder, adapter, extra)
+        def run(recipe, step, folder):
+            assert step.stage.stage == name
+            self.work(step.name, folder, adapter, list(step.adapters))
 
         return run
 
-    def work(self, name, folder, adapter, extra):
+    def work(self, name, folder, adapter, adapters):
         self.started.append(name)
         place = folder.begin(name)
         (place / "half").write_text(name)
@@ -34,7 +35,7 @@ class Stages:
         if adapter:
             (place / "adapter").mkdir()
             (place / "adapter" / "weights").write_text(name)
-        folder.finish(name, adapters=extra if isinstance(extra, list) else None)
+        folder.finish(name, adapters=adapters)
 
     def check(self, recipe):
         self.checked += 1

@@ -26,26 +26,29 @@ def started(monkeypatch) -> list[str]:
         names.append(name)
         return folder.begin(name)
 
-    def select(recipe, stage, folder):
-        place = begin("select", folder)
+    def select(recipe, step, folder):
+        place, stage = begin(step.name, folder), step.stage
         (place / SELECTED).write_text("".join(Path(path).read_text()[: stage.k] for path in stage.raw))
         (place / CONTROL).write_text("random")
         folder.add_data("selected", text=(place / SELECTED).read_text())
-        folder.finish("select")
+        folder.finish(step.name)
 
-    def train(recipe, stage, folder, control=None):
-        name = f"{stage.stage}-{control}" if control else stage.stage
+    def train(recipe, step, folder):
+        name = step.name
         place = begin(name, folder)
-        before = folder.path / ("sft/adapter/weights" if stage.stage == "rl" else f"select/{SELECTED}")
+        read = [folder.path / step.start / "adapter/weights"] if step.start else []
+        read += [folder.path / step.rows / SELECTED] if step.rows else []
         (place / "adapter").mkdir()
-        text = f"{name} {recipe.seed} {stage.trainer.learning_rate} ({before.read_text()})"
+        before = " ".join(file.read_text() for file in read)
+        text = f"{name} {recipe.seed} {step.stage.trainer.learning_rate} ({before})"
         (place / "adapter" / "weights").write_text(text)
         folder.log(name, 1, {"text": text})
         folder.finish(name, text=text)
 
-    def verify(recipe, stage, folder, adapters):
-        begin("verify", folder)
-        folder.finish("verify", read=[(folder.path / name / "adapter" / "weights").read_text() for name in adapters])
+    def verify(recipe, step, folder):
+        begin(step.name, folder)
+        read = [(folder.path / name / "adapter" / "weights").read_text() for name in step.adapters]
+        folder.finish(step.name, read=read)
 
     for name, stub in {"select": select, "sft": train, "rl": train, "verify": verify}.items():
         monkeypatch.setattr(chain, f"run_{name}", stub)
@@ -168,6 +171,55 @@ def test_a_changed_file_of_own_code_reruns_the_stage_that_names_it(again):
     assert again(*own)[0] == []
     Path("own_pay_here.py").write_text("def pay(completions, **columns): return [2.0 for _ in completions]\n")
     assert again(*own)[0][0] == "rl"
+
+
+SEVERAL = """\
+stages:
+  - {stage: select, raw: pool.jsonl, target: target.jsonl, k: 4}
+  - {stage: sft, trainer: {learning_rate: 1e-3}}
+  - {stage: verify, task: {name: lis, n: [3, 5]}}
+  - {stage: select, raw: pool.jsonl, target: target.jsonl, k: 6}
+  - {stage: sft, controls: [random], trainer: {learning_rate: 2e-3}}
+  - {stage: rl, task: {name: lis, n: [3, 5]}, trainer: {learning_rate: 3e-3}}
+  - {stage: verify}
+"""
+SECOND = ["sft-2", "sft-2-random", "rl", "verify-2"]
+
+
+@pytest.mark.parametrize(
+    ("override", "ran"),
+    [
+        ("stages.sft-2.trainer.learning_rate=1", SECOND),
+        ("stages.select-2.ngrams=3", ["select-2"]),
+        ("stages.select.k=5", ["select", "sft", "verify", *SECOND]),
+        ("stages.rl.trainer.learning_rate=1", ["rl", "verify-2"]),
+        ("stages.rl.reward=answer", ["verify", "rl", "verify-2"]),
+    ],
+)
+def test_of_several_stages_of_a_kind_those_run_again_that_depend_on_the_change(small, started, override, ran):
+    small.write_text(small.read_text().partition("stages:")[0] + SEVERAL)
+    chain.run(load(small), "run", say=lambda line: None)
+    assert started == ["select", "sft", "verify", "select-2", *SECOND]
+    first = Path("run/sft/adapter/weights").read_text()
+    assert first in Path("run/sft-2/adapter/weights").read_text(), "the newest adapter is continued"
+    assert Path("run/adapter/weights").read_text() == Path("run/rl/adapter/weights").read_text()
+    started.clear()
+    said: list[str] = []
+    chain.run(load(small, [override]), "run", say=said.append)
+    assert started == ran
+
+
+MORE = (
+    "[{stage: select, raw: pool.jsonl, target: target.jsonl, k: 4}, {stage: sft, trainer: {max_steps: 2, "
+    "learning_rate: 1e-3}}, {stage: sft, data: pool.jsonl}, {stage: rl, task: {name: lis, n: [3, 5]}, instances: 8, "
+    "trainer: {max_steps: 1}}, {stage: verify, instances: 6}]"
+)
+
+
+def test_a_stage_in_between_is_a_reason_that_is_told(again):
+    found, said = again("stages=" + MORE)
+    assert found == ["sft-2", "rl", "verify"]
+    assert any(line.startswith("rl: sft is no longer read, sft-2 is new, runs again") for line in said), said
 
 
 # ---------------------------------------------------------------- folders of an early version

@@ -106,7 +106,7 @@ def two(monkeypatch):
     monkeypatch.setattr(chain, "publish", lambda path: None)
 
     def alone(name):
-        def run(recipe, stage, folder, extra=None):
+        def run(recipe, step, folder):
             did.append((name, here.one.rank))
             folder.begin(name)
             folder.finish(name)
@@ -114,7 +114,7 @@ def two(monkeypatch):
         return run
 
     def trained(name):
-        def run(recipe, stage, folder, control=None):
+        def run(recipe, step, folder):
             did.append((name, here.one.rank))
             place = folder.processes.agree(lambda: folder.begin(name))
             if (name, here.one.rank) == two.fails:

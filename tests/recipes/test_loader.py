@@ -135,7 +135,7 @@ def test_all_faults_come_at_once_with_file_line_and_column(faults_of):
         "did you mean 'lis'?",
         "r:9:37: size: must be greater than or equal to 1, got 0",
         "r:10:3: k: 'many' is not a number",
-        "r:11:3: stage 'sfd' is unknown; allowed: 'select', 'sft', 'rl', 'verify'; did you mean 'sft'?",
+        "r:11:3: stage 'sfd' is unknown; allowed: 'dedup', 'select', 'sft', 'rl', 'verify'; did you mean 'sft'?",
         "r:13:13: r: 2.5 is not a whole number",
         "r:13:21: unknown key 'max_steps'; it belongs under stages.2.trainer",
         "r:15:5: unknown key 'lerning_rate'; did you mean 'learning_rate'?",
@@ -178,7 +178,10 @@ def test_a_key_of_another_source_is_not_suggested_to_itself(faults_of):
 @pytest.mark.parametrize(
     ("stages", "fault"),
     [
-        (SFT + SFT, "r:5:4: a second sft stage; a recipe has at most one of each kind"),
+        (
+            SFT + SFT.replace("}", ", adapter: {}}"),
+            "r:5:29: the sft stage continues the sft stage's adapter; leave 'ad",
+        ),
         ("- stage: sft\n", "r:4:3: the sft stage trains on what 'select' picked, and none comes before; add one, or"),
         ("- {stage: sft}\n" + SELECT, "r:4:4: the sft stage trains on what 'select' picked, and none comes before"),
         ("- {stage: sft, data: a.txt, controls: [random]}\n", "r:4:29: a random control needs the pool of a select"),

@@ -22,7 +22,8 @@ from krontune.recipes.memory import (
     training_bytes,
     weight_bytes,
 )
-from krontune.recipes.schema import Adapter, BaseModelSection, Rl, Sft
+from krontune.recipes.schema import Rl, Sft
+from krontune.recipes.schema_model import Adapter, BaseModelSection
 from krontune.recipes.targets import match, skeleton
 from krontune.recipes.training import moka_config
 

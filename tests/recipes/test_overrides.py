@@ -40,6 +40,8 @@ def override_faults(*overrides):
         ("stages.rl.trainer.max_steps=10", ("stages", 1, "trainer", "max_steps"), 10),
         ("stages.0.trainer.n.1=7", ("stages", 0, "trainer", "n", 1), 7),
         ("stages.rl={stage: rl}", ("stages", 1), {"stage": "rl"}),
+        ("stages.sft.x=1", ("stages", 0, "x"), 1),
+        ("stages.sft-2.trainer.max_steps=3", ("stages", 2, "trainer", "max_steps"), 3),
     ],
 )
 def test_override_sets_one_value_and_reports_itself_as_its_place(override, path, value):
@@ -79,9 +81,13 @@ def test_later_override_wins():
         ("stages.-1.x=1", "no item '-1': stages has 3 items, numbered from 0"),
         (
             "stages.rll.x=1",
-            "no item 'rll': stages has 3 items, numbered from 0, with the stages sft, rl; did you mean 'rl'?",
+            "no item 'rll': stages has 3 items, numbered from 0, with the stages sft, rl, sft-2; did you mean 'rl'?",
         ),
-        ("stages.sft.x=1", "2 items of stages are 'sft'; give its number: 0 or 2"),
+        (
+            "stages.sft-3.x=1",
+            "no item 'sft-3': stages has 3 items, numbered from 0, with the stages sft, rl, sft-2; did you mean "
+            "'sft-2'?",
+        ),
         ("empty.0=1", "no item '0': empty is an empty list"),
         ("stages.0.trainer.n.x=1", "no item 'x': stages.0.trainer.n has 2 items, numbered from 0"),
         ("name=#fff", "not all of '#fff' is a value; put it in YAML quotes"),

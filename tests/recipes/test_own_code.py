@@ -16,6 +16,7 @@ from krontune.recipes.rewards import guard_of, make_reward, monitored
 from krontune.recipes.rl import make_credit, make_task, training_rows
 from krontune.recipes.run_folder import recipe_text
 from krontune.recipes.schema import Recipe
+from krontune.recipes.steps import steps
 from krontune.rl import CertificateReward, Guarded, TokenCredit
 
 PAGE = Path(__file__).parents[2] / "docs" / "tasks.md"
@@ -219,13 +220,10 @@ def test_controls_run_the_stage_again_and_are_verified(small, tmp_path, monkeypa
         folder.finish(name)
 
     monkeypatch.setattr(chain, "check", lambda recipe: [])
-    monkeypatch.setattr(chain, "run_select", lambda r, s, f: note("select", f, False))
-    monkeypatch.setattr(chain, "run_sft", lambda r, s, f, c: note("sft", f, True))
-    monkeypatch.setattr(chain, "run_rl", lambda r, s, f, c: note(f"rl-{c}" if c else "rl", f, True))
     seen = []
-    monkeypatch.setattr(
-        chain, "run_verify", lambda r, s, f, adapters: (seen.extend(adapters), note("verify", f, False))
-    )
+    for kind in ("select", "sft", "rl"):
+        monkeypatch.setattr(chain, f"run_{kind}", lambda r, s, f: note(s.name, f, s.stage.stage in ("sft", "rl")))
+    monkeypatch.setattr(chain, "run_verify", lambda r, s, f: (seen.extend(s.adapters), note("verify", f, False)))
     chain.run(load(small, ["stages.rl.controls=[random, format]"]), tmp_path / "run")
     assert started == ["select", "sft", "rl", "rl-random", "rl-format", "verify"]
     assert seen == ["sft", "rl", "rl-random", "rl-format"]
@@ -286,8 +284,8 @@ def test_a_run_over_data_trains_guarded_reports_the_guards_health_and_leaves_no_
 
     monkeypatch.setattr(Guarded, "__call__", watched)
     with RunFolder("run", recipe) as folder:
-        rl.run_rl(recipe, recipe.stage("rl"), folder)
-        rl.run_rl(recipe, recipe.stage("rl"), folder, "random")
+        for step in steps(recipe):
+            rl.run_rl(recipe, step, folder)
     assert keepers and all(process.poll() is not None for process in keepers)
     report = json.loads(Path("run/rl/rlvr_report.json").read_text())
     health = next(one for one in report["checks"] if one["name"] == "verifier_health")

@@ -12,7 +12,7 @@ from krontune.recipes.faults import RecipeError
 from krontune.recipes.figures import storage
 from krontune.recipes.loader import load
 from krontune.recipes.run_folder import recipe_text
-from krontune.recipes.schema import BaseModelSection
+from krontune.recipes.schema_model import BaseModelSection
 
 MIXED = "base.precision={scorer: lim, levels: [16, 8, 4], avg_bits: 5.0}"
 

@@ -49,7 +49,7 @@ def test_a_row_marks_what_the_assistant_says_and_names_the_columns(small, tmp_pa
 def test_a_row_is_cut_where_the_trainer_cuts_it(small, tokenizer):
     recipe = load(small, ["stages.sft.trainer.max_length=5"])
     text = "one two three four five six seven eight"
-    row = sft_row({"text": text}, recipe.stage("sft"), tokenizer)
+    row = sft_row({"text": text}, recipe.stage("sft"), tokenizer, "sft")
     assert ": 5 tokens of " in row.title and "cut at max_length, 5 trained" in row.title
     assert row.pieces == [("one two three four five", True)]
 

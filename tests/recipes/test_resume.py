@@ -5,7 +5,6 @@ import json
 import os
 import random
 import signal
-import string
 import subprocess
 import sys
 import time
@@ -13,14 +12,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from trl.trainer import utils as trl_utils
 
 from krontune.recipes import chain
 from krontune.recipes.checkpoints import MARK, last_checkpoint, remove_checkpoints, saving
 from krontune.recipes.loader import load
 from krontune.recipes.progress import Report
+
+from .conftest import write_model
 
 torch.set_num_threads(1)
 
@@ -48,24 +47,6 @@ stages:
       learning_rate: 1e-2
 """
 TIMES = ("runtime", "per_second", "step_time")
-
-
-CHAT = "{% for m in messages %}{{ m.content }}\n{% endfor %}"
-
-
-def write_model(folder: Path) -> None:
-    """A random Llama of two layers that reads single characters."""
-    vocabulary = {token: i for i, token in enumerate(["<pad>", "</s>", "<unk>", *string.printable])}
-    letters = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    letters.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=letters, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", chat_template=CHAT
-    )
-    torch.manual_seed(0)
-    size = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
-    config = LlamaConfig(vocab_size=len(vocabulary), num_key_value_heads=2, eos_token_id=1, pad_token_id=0, **size)
-    LlamaForCausalLM(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
 
 
 @pytest.fixture

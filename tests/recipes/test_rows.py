@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 
 from krontune.data_selection import DataSelectionError
 from krontune.recipes.rows import fingerprint, read_sources, source_rows, tokenize
-from krontune.recipes.schema import Columns, HubTexts, Puzzles, Shipped
+from krontune.recipes.schema_sources import Columns, HubTexts, Puzzles, Shipped
 from krontune.rl.tasks.worked import worked_examples
 
 

@@ -12,6 +12,7 @@ from krontune.recipes.loader import load
 from krontune.recipes.preflight import check
 from krontune.recipes.run_folder import RunError, RunFolder
 from krontune.recipes.select import run_select, selected_rows
+from krontune.recipes.steps import steps
 
 from .conftest import write_rows
 
@@ -51,7 +52,7 @@ def select_in(folder, keys: str, name="run"):
     recipe = recipe_of(folder, keys)
     assert check(recipe) == []
     with RunFolder(folder / name, recipe) as run:
-        run_select(recipe, recipe.stages[0], run)
+        run_select(recipe, steps(recipe)[0], run)
     return folder / name / "select", run.record["stages"]["select"]
 
 
@@ -199,7 +200,7 @@ def test_texts_that_hold_one_of_the_target_can_be_taken_out(data):
 def test_a_pool_that_is_all_forbidden_says_so(data):
     recipe = recipe_of(data, "raw: a.jsonl; target: law.jsonl; k: 2; duplicates: {against: {all: a.jsonl}}")
     with RunFolder(data / "run", recipe) as run, pytest.raises(RunError, match="no row of the pool is left"):
-        run_select(recipe, recipe.stages[0], run)
+        run_select(recipe, steps(recipe)[0], run)
 
 
 # ---------------------------------------------------------------- a stage that was cut
@@ -255,7 +256,7 @@ def test_a_line_that_breaks_during_the_run_ends_it_with_its_place_and_the_mended
     good = (data / "b.jsonl").read_text()
     (data / "b.jsonl").write_text(good + '{"text": null}\n')
     with RunFolder(data / "run", recipe) as run, pytest.raises(DataSelectionError, match=r"b\.jsonl:81"):
-        run_select(recipe, recipe.stages[0], run)
+        run_select(recipe, steps(recipe)[0], run)
     assert not (data / "run" / "select" / "done").exists()
     (data / "b.jsonl").write_text(good)
     select_in(data, f"{BASE}; k: 30")
@@ -265,7 +266,7 @@ def test_selected_rows_are_read_back_whatever_line_ends_they_hold(data):
     write_rows(data / "a.jsonl", [{"text": "law\u2028stone\u0085river"}, {"text": "law stone"}])
     select_in(data, "raw: a.jsonl; target: law.jsonl; k: 2")
     recipe = load(data / "r.yaml")
-    assert [row["text"] for row in selected_rows(RunFolder(data / "run", recipe))] == [
+    assert [row["text"] for row in selected_rows(RunFolder(data / "run", recipe), "select")] == [
         "law\u2028stone\u0085river",
         "law stone",
     ]

@@ -16,6 +16,7 @@ from krontune.recipes.loader import load
 from krontune.recipes.preflight import check
 from krontune.recipes.run_folder import RunFolder
 from krontune.recipes.select_adapt_inf import run_adapt_inf
+from krontune.recipes.steps import steps
 
 from .conftest import write_rows
 
@@ -58,7 +59,7 @@ def select_in(folder, keys: str = BASE, name="run"):
     recipe = recipe_of(folder, keys)
     assert check(recipe) == []
     with RunFolder(folder / name, recipe) as run:
-        run_adapt_inf(recipe, recipe.stages[0], run)
+        run_adapt_inf(recipe, steps(recipe)[0], run)
     return folder / name / "select", run.record["stages"]["select"]
 
 

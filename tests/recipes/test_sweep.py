@@ -22,7 +22,8 @@ def started(monkeypatch):
     names: list = []
     names_fails: set = set()
 
-    def work(recipe, stage, folder, extra=None):
+    def work(recipe, step, folder):
+        stage = step.stage
         rate = recipe.stage("sft").trainer.learning_rate
         names.append((folder.path.name, stage.stage))
         place = folder.begin(stage.stage)
@@ -30,7 +31,8 @@ def started(monkeypatch):
             raise RuntimeError("boom")
         if stage.stage in ("sft", "rl"):
             (place / "adapter").mkdir()
-            (place / "adapter" / "weights").write_text(f"{stage.stage} {rate} {recipe.stage('sft').adapter.r}")
+            adapter = recipe.stage("sft").adapter
+            (place / "adapter" / "weights").write_text(f"{stage.stage} {rate} {adapter.r if adapter else None}")
             folder.log(stage.stage, 1, {"loss": rate})
         folder.finish(stage.stage, steps=1)
 

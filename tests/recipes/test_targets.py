@@ -13,7 +13,7 @@ from krontune.recipes import needs
 from krontune.recipes.loader import load
 from krontune.recipes.needs import notes
 from krontune.recipes.preflight import check
-from krontune.recipes.schema import Adapter, BaseModelSection
+from krontune.recipes.schema_model import Adapter, BaseModelSection
 from krontune.recipes.targets import match, meta_model, skeleton
 
 TINY = {

@@ -1,6 +1,7 @@
 """The verify stage on tiny models and scripted answers: what it asks, what it keeps, and what it checks."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from krontune.recipes import models
 from krontune.recipes.loader import load
 from krontune.recipes.preflight import check
 from krontune.recipes.run_folder import RunFolder
+from krontune.recipes.steps import steps
 from krontune.recipes.verify import run_verify, verification
 from krontune.recipes.verify_checks import Answers, after_answers, curves
 from krontune.rl.tasks import get_task
@@ -80,8 +82,9 @@ def run(tmp_path, recipe, checkpoint):
 
 def verify(run, file, *overrides, adapters=("sft", "rl", "rl-random")):
     recipe = load(file, overrides)
-    run_verify(recipe, recipe.stage("verify"), run, list(adapters))
-    return verification(run.path)
+    step = next(step for step in steps(recipe) if step.name == "verify")
+    run_verify(recipe, replace(step, adapters=tuple(adapters)), run)
+    return verification(run.path, "verify")
 
 
 @pytest.fixture
