@@ -7,6 +7,7 @@ from typing import Any
 
 from .data_faults import Found, pool_seen, source_faults, tried
 from .links import feeder, fresh_adapter, start
+from .pictures import reads_pictures
 from .schema import Recipe, Sft
 from .schema_rows import AdaptInfSelect
 from .select_adapt_inf import adapt_inf, adapter_section
@@ -55,12 +56,6 @@ def adapt_inf_order(recipe: Recipe, number: int) -> Iterator[tuple[tuple[str | i
 
 def _score_order(stage: AdaptInfSelect) -> Iterator[tuple[tuple[str | int, ...], str]]:
     """Scores that cannot be had with what the stage says."""
-    if "log_ig" in stage.scores:
-        yield (
-            ("scores", stage.scores.index("log_ig")),
-            "the score 'log_ig' compares answers with and without their images, and the rows of a recipe are text; "
-            "leave it out, or score rows with images by krontune.data_selection.score_samples",
-        )
     if "epistemic" in stage.scores and stage.members is None:
         yield (
             ("scores", stage.scores.index("epistemic")),
@@ -125,7 +120,13 @@ def adapt_inf_faults(recipe: Recipe, stage: AdaptInfSelect) -> Found:
     yield from tried((), lambda: adapt_inf(stage), tuple(AdaptInfSelect.model_fields))
     if stage.shares == "spread" and "el2n" not in stage.scores:
         yield ("shares",), "shares: spread goes by the score el2n, which scores lacks"
-    if stage.selector in ("nll", "ppl", "el2n", "grand", "epistemic") and stage.selector not in stage.scores:
+    if "log_ig" in stage.scores and not reads_pictures(recipe.base):
+        yield (
+            ("scores", stage.scores.index("log_ig")),
+            "the score 'log_ig' compares answers with and without their images, and the base "
+            f"{recipe.base.model!r} reads none; leave it out",
+        )
+    if stage.selector in ("nll", "ppl", "el2n", "grand", "log_ig", "epistemic") and stage.selector not in stage.scores:
         yield ("selector",), f"the selector {stage.selector!r} is not among the scores {stage.scores}; add it"
     if stage.adapter is not None:
         yield from adapter_faults(recipe, stage.adapter)

@@ -179,12 +179,12 @@ class AdaptInfSelect(Section):
     """Rows held back of one of the datasets that has no test."""
     clusters: Annotated[int, Field(ge=1)] | Literal["auto"] = AdaptInf.clusters
     """How many skills to look for; auto: the knee of the sum of squared distances."""
-    selector: Literal["entropy", "mixed", "random", "nll", "ppl", "el2n", "grand", "epistemic"] = "entropy"
+    selector: Literal["entropy", "mixed", "random", "nll", "ppl", "el2n", "grand", "log_ig", "epistemic"] = "entropy"
     """The score of highest histogram entropy, cluster by cluster; the mean rank over all scores; none; or one score."""
     scores: list[Literal["nll", "ppl", "el2n", "entropy", "grand", "log_ig", "epistemic"]] = Field(
         default=["nll", "el2n", "entropy"], min_length=1
     )
-    """To compute and to choose among, see docs/adapt_inf.md. log_ig needs rows with images, which recipes lack."""
+    """To compute and to choose among, see docs/adapt_inf.md. log_ig needs a base that reads pictures."""
     members: Annotated[int, Field(ge=2)] | Annotated[list[str], Field(min_length=2)] | None = None
     """Of the score epistemic: how many dropout masks are drawn, or two or more folders with trained adapters."""
     shares: Literal["equal", "spread", "density"] = AdaptInf.shares

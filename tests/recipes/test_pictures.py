@@ -47,7 +47,7 @@ HEAD = "name: eyes\nbase: {model: ./eyes, quantization: null}\nstages:\n"
 ADAPTER = "adapter: {r: 2, target_modules: '.*text_model.*(q_proj|v_proj)'}"
 SELECT = (
     "- {stage: select, method: adapt_inf, raw: data/pool.jsonl, k: 6, clusters: 2, min_cluster: 1, max_length: null, "
-    "warm_up: {steps: 2, batch_size: 4}}\n"
+    "scores: [nll, el2n, log_ig], warm_up: {steps: 2, batch_size: 4}}\n"
 )
 TRAINER = "{max_steps: 2, per_device_train_batch_size: 3, max_length: null}"
 SFT = f"- {{stage: sft, controls: [random], {ADAPTER}, trainer: {TRAINER}}}\n"
