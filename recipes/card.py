@@ -9,6 +9,7 @@ from typing import Any
 from ..adapters.embedded import HUB_ID, to_hub_id
 from .figures import ASKS, COLUMNS, cells, check_name, heuristic_name, model_name, number, storage
 from .masking import without_paths
+from .names import TRAINED, numbered, parts
 from .run_folder import yaml_text
 from .run_report import RunFiles
 from .schema import Verify
@@ -79,11 +80,12 @@ def model_index(run: RunFiles) -> dict[str, Any]:
     from huggingface_hub.repocard_data import eval_results_to_model_index
 
     result = run.verify
-    trained = [stage["stage"] for stage in run.recipe["stages"] if stage["stage"] in ("sft", "rl")]
+    kinds = [stage["stage"] for stage in run.recipe["stages"]]
+    trained = [name for name in numbered(kinds) if parts(name).kind in TRAINED]
     if result is None or not trained or trained[-1] not in result["models"]:
         return {}
     task, scores = result["task"], result["models"][trained[-1]]
-    verify = next(stage for stage in run.recipe["stages"] if stage["stage"] == "verify")
+    verify = next(stage for stage in reversed(run.recipe["stages"]) if stage["stage"] == "verify")
     seed = verify.get("seed", Verify.model_fields["seed"].default)
     about = {
         "task_type": "text-generation",

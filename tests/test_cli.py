@@ -125,7 +125,7 @@ BAD = [
     (
         "an unknown stage",
         "stages.select.stage=selct",
-        "allowed: 'select', 'sft', 'rl', 'verify'; did you mean 'select'?",
+        "allowed: 'dedup', 'select', 'sft', 'rl', 'verify'; did you mean 'select'?",
     ),
     (
         "an unknown task",

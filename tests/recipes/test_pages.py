@@ -184,9 +184,13 @@ def test_a_run_that_did_not_measure_the_published_adapter_has_no_model_index(fin
     from krontune.recipes.card import model_index
 
     run = read_run(finished)
-    assert model_index(run) and model_index(replace(run, verify=None)) == {}
+    assert model_index(run) and model_index(replace(run, verified={})) == {}
     early = {**run.verify, "models": {"base": run.verify["models"]["base"]}}
-    assert model_index(replace(run, verify=early)) == {}
+    assert model_index(replace(run, verified={"verify": early})) == {}
+    again = replace(run, recipe={**run.recipe, "stages": [{"stage": kind} for kind in ("sft", "sft", "verify")]})
+    assert model_index(again) == {}, "the published adapter is that of sft-2"
+    models = {"sft-2": run.verify["models"]["rl"]}
+    assert model_index(replace(again, verified={"verify": {**run.verify, "models": models}}))
 
 
 def test_a_base_that_is_a_folder_is_not_named_on_the_card(finished, tmp_path):

@@ -54,10 +54,10 @@ def test_512_hostile_completions_end_inside_the_batch_deadline_and_take_nothing_
     quick = ["exit", "raise", "kill", "recurse", "exit", "memory"]
     kinds = [*quick, "loop", "good", *quick, "tower", "good", *quick, "fork", "good", *quick, "raise", "good"]
     texts = kinds * 16
-    one = guard(item_timeout_s=1.0, batch_timeout_s=6.0)
+    one = guard(item_timeout_s=1.0, batch_timeout_s=10.0)
     start = time.monotonic()
     rewards = one(completions=texts)
-    assert len(texts) == 512 and time.monotonic() - start < 6.0 + 1.0  # and the start of the workers
+    assert len(texts) == 512 and time.monotonic() - start < 10.0 + 1.0  # and the start of the workers
     assert [reward for reward, text in zip(rewards, texts, strict=True) if text == "good"] == [1.0] * 64
     assert all(reward is None for reward, text in zip(rewards, texts, strict=True) if text != "good")
     assert sum(one.counts.values()) == 512 and one.counts["scored"] == 64
