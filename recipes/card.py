@@ -72,21 +72,20 @@ def metadata(recipe: dict[str, Any], peft_type: str, base: str | None, sees: boo
 
 
 def model_index(run: RunFiles) -> dict[str, Any]:
-    """The key model-index: what the verify stage measured of the adapter that is published; nothing where it did not.
+    """The key model-index: what the last verify stage measured of the adapter that is published; nothing where it did not.
 
     The task is generated, so that its dataset has no id; its args are what generates it again.
     """
     from huggingface_hub import EvalResult
     from huggingface_hub.repocard_data import eval_results_to_model_index
 
-    result = run.verify
-    kinds = [stage["stage"] for stage in run.recipe["stages"]]
-    trained = [name for name in numbered(kinds) if parts(name).kind in TRAINED]
+    stages = dict(zip(numbered(stage["stage"] for stage in run.recipe["stages"]), run.recipe["stages"], strict=True))
+    trained = [name for name in stages if parts(name).kind in TRAINED]
+    verify, result = next(reversed(run.verified.items()), ("", None))
     if result is None or not trained or trained[-1] not in result["models"]:
         return {}
     task, scores = result["task"], result["models"][trained[-1]]
-    verify = next(stage for stage in reversed(run.recipe["stages"]) if stage["stage"] == "verify")
-    seed = verify.get("seed", Verify.model_fields["seed"].default)
+    seed = stages[verify].get("seed", Verify.model_fields["seed"].default)
     about = {
         "task_type": "text-generation",
         "task_name": f"krontune task {task['name']}",
@@ -245,9 +244,16 @@ def _checks(run: RunFiles) -> list[str]:
     checks = run.report["checks"]
     if not checks:
         return []
+    names = [check_name(one) for one in checks]
     rows = [
-        [check_name(one), one["verdict"], number(one["value"], one["ci"]), number(one["threshold"]), str(one["n"])]
-        for one in checks
+        [
+            name if names.count(name) == 1 else f"{name} ({one['stage']})",
+            one["verdict"],
+            number(one["value"], one["ci"]),
+            number(one["threshold"]),
+            str(one["n"]),
+        ]
+        for name, one in zip(names, checks, strict=True)
     ]
     asked = "\n".join(f"- {name.replace('_', ' ')}: {ASKS[name]}" for name in _names(checks))
     head = ["check", "verdict", "value", "threshold", "N"]

@@ -193,6 +193,35 @@ def test_a_run_that_did_not_measure_the_published_adapter_has_no_model_index(fin
     assert model_index(replace(again, verified={"verify": {**run.verify, "models": models}}))
 
 
+def test_with_several_stages_of_a_kind_the_hub_reads_the_last_adapters_rates_of_the_last_verify_stage(finished):
+    from dataclasses import replace
+
+    from krontune.recipes.card import model_index
+
+    run = read_run(finished)
+    stages = [*run.recipe["stages"], {"stage": "rl", "task": {"name": "lis"}}, {"stage": "verify", "seed": 5}]
+    first, models = run.verify, run.verify["models"]
+    later = {**first, "models": {**models, "rl-2": models["sft"]}}
+    run = replace(run, recipe={**run.recipe, "stages": stages}, verified={"verify": first, "verify-2": later})
+    [entry] = model_index(run)["model-index"]
+    [result] = entry["results"]
+    values = {metric["type"]: metric["value"] for metric in result["metrics"]}
+    assert values["certificate_gap"] == models["sft"]["gap"]["value"] != models["rl"]["gap"]["value"]
+    assert result["dataset"]["args"]["seed"] == 5
+    assert model_index(replace(run, verified={"verify": first})) == {}, "nothing measured rl-2 yet"
+
+
+def test_a_check_of_two_verify_stages_is_told_apart_on_the_card(finished):
+    from dataclasses import replace
+
+    from krontune.recipes.card import _checks
+
+    run = read_run(finished)
+    [one] = [one for one in run.report["checks"] if one["name"] == "attribution"]
+    [text] = _checks(replace(run, report={"checks": [one, {**one, "stage": "verify-2"}]}))
+    assert "| attribution (verify) |" in text and "| attribution (verify-2) |" in text
+
+
 def test_a_base_that_is_a_folder_is_not_named_on_the_card(finished, tmp_path):
     from krontune.recipes.card import model_card
 
