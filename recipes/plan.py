@@ -15,7 +15,7 @@ from rich.table import Table
 from . import needs
 from .data_faults import exhausted, source_faults
 from .lifelong import is_sequence
-from .links import feeder, fresh_adapter, own_sources, rl_of
+from .links import feeder, fresh_adapter, own_sources, rl_of, start
 from .memory import (
     Memory,
     adapter_bytes,
@@ -170,7 +170,8 @@ class _Planner:
 
     def adapt_inf(self, stage: AdaptInfSelect) -> StagePlan:
         self.picked = stage.k if isinstance(stage.k, int) else None
-        return StagePlan("select", rows=self.picked, steps=stage.warm_up.steps)
+        warmed = stage.adapter_from is None and start(self.recipe, stage) is None
+        return StagePlan("select", rows=self.picked, steps=stage.warm_up.steps if warmed else None)
 
     def sft(self, stage: Sft) -> StagePlan:
         trainer = stage.trainer
@@ -326,7 +327,7 @@ def _line(stage: StagePlan) -> list[str]:
         _number(stage.steps),
         _number(stage.tokens, most),
         _number(stage.generated, "<= "),
-        readable(stage.memory.peak) if stage.memory else "?" if stage.stage != "select" else "",
+        _memory(stage),
         _time(stage.seconds),
     ]
 

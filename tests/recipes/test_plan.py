@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 from krontune.cli import app
 from krontune.recipes import needs, probe
 from krontune.recipes.loader import load
-from krontune.recipes.plan import plan, plan_sweep
+from krontune.recipes.plan import Plan, StagePlan, plan, plan_sweep, print_plan
 from krontune.recipes.probe import at_hand
 from krontune.recipes.rows import tokenize
 from krontune.recipes.sweep import points
@@ -115,6 +115,25 @@ def test_the_plan_is_printed_as_tables_or_as_json(small):
     memory = found["stages"][1]["memory"]
     fixed = sum(memory[part] for part in ("weights", "adapter", "gradients", "optimizer"))
     assert memory["peak"] == fixed + max(memory["activations"] + memory["logits"], memory["rollouts"])
+
+
+def test_of_a_stage_that_loads_no_model_no_memory_is_said_whatever_its_number(small, capsys):
+    found = [StagePlan("dedup", rows=4), StagePlan("select-2", rows=4), StagePlan("sft-2", rows=4)]
+    print_plan(Plan(load(small), found, probed=True))
+    lines = capsys.readouterr().out.splitlines()
+    said = {name: next("?" in line for line in lines if name in line) for name in ("dedup", "select-2", "sft-2")}
+    assert said == {"dedup": False, "select-2": False, "sft-2": True}
+
+
+def test_adapt_inf_takes_no_steps_where_it_warms_nothing_up(small):
+    select = "{stage: select, method: adapt_inf, raw: pool.jsonl, k: 2, warm_up: {steps: 3}}"
+    sft = "{stage: sft, data: pool.jsonl, trainer: {max_steps: 1}}"
+    head = "name: small\nbase: {model: smollm2-135m}\nstages:\n"
+    steps = []
+    for stages_of in ([select, sft], [sft, select]):
+        small.write_text(head + "".join(f"- {one}\n" for one in stages_of))
+        steps.append(stages(small)["select"].steps)
+    assert steps == [3, None]
 
 
 def test_a_sweep_is_planned_point_by_point_in_one_table_or_as_json(small):
