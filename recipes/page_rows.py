@@ -3,12 +3,13 @@ datasets."""
 
 import heapq
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from html import escape
 from pathlib import Path
 from typing import Any
 
 from ..data_selection import DataSelectionError, Selection
+from ..data_selection.texts import row_text
 from ..rl.checks.svg import lines
 from .dedup import kept_rows, removed_rows
 from .html_parts import grid, plain, table, whose
@@ -52,7 +53,7 @@ def _pairs(folder: Path) -> Iterator[str]:
         yield "<h3>The least alike</h3><p>Of the rows that were left out; first what stays, then the row itself.</p>"
     for row in shown:
         said = f"row {row['row']}: {row['copy']} copy of row {row['duplicate_of']}, similarity {row['similarity']:.2f}"
-        both = "\n\n".join(_cut(text) for text in (_row_text(kept[row["kept_line"]]), row["text"]))
+        both = "\n\n".join(_cut(text) for text in (row_text(kept[row["kept_line"]], "kept"), row["text"]))
         yield f"<details><summary>{escape(said)}</summary><pre>{escape(both)}</pre></details>"
 
 
@@ -135,18 +136,10 @@ def _picked_texts(folder: Path) -> Iterator[str]:
     yield f"<h3>Why these</h3><p>{what}.</p>"
     for place in dict.fromkeys(places):
         reason = "; ".join(f"{key.replace('_', ' ')} {plain(value)}" for key, value in picked.reasons[place].items())
-        shown = _cut(_row_text(json.loads(texts[place])))
+        shown = _cut(row_text(json.loads(texts[place]), SELECTED))
         row = int(picked.indices[place])
         yield f"<details><summary>row {row}: {escape(reason)}</summary><pre>{escape(shown)}</pre></details>"
 
 
 def _cut(text: str) -> str:
     return text if len(text) <= SHOWN else text[:SHOWN] + " ..."
-
-
-def _row_text(row: Mapping[str, Any]) -> str:
-    if isinstance(row.get("text"), str):
-        return row["text"]
-    parts = row.get("messages") or [row.get("prompt", ""), row.get("completion", "")]
-    flat = [one for part in parts for one in (part if isinstance(part, list) else [part])]
-    return "\n".join(one["content"] if isinstance(one, Mapping) else str(one) for one in flat)

@@ -103,6 +103,18 @@ def test_each_row_stays_or_is_as_like_a_row_that_stays_as_the_file_says(data):
     assert f"{len(kept)} of 60 rows stay" in page and "near copy of row" in page and "The least alike" in page
 
 
+def test_the_page_shows_rows_whose_messages_have_parts(data):
+    def row(words):
+        asked = [{"type": "image"}, {"type": "text", "text": " ".join(words)}]
+        turns = [{"role": "user", "content": asked}, {"role": "assistant", "content": "yes"}]
+        return {"messages": turns, "images": []}
+
+    write_rows(data / "parts.jsonl", [row(WORDS), row([*WORDS[:-1], "other"])])
+    folder, _ = dedup_in("- {stage: dedup, data: parts.jsonl}\n")
+    assert [one["copy"] for one in removed_rows(folder)] == ["near"]
+    assert f"<pre>{' '.join(WORDS)[:200]}" in publish(Path("run")).read_text()
+
+
 def test_a_row_with_a_forbidden_text_goes_and_says_which(data):
     folder, facts = dedup_in("- {stage: dedup, data: a.jsonl, method: none, against: {exam: exam.jsonl}}\n")
     removed = list(removed_rows(folder))
