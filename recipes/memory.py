@@ -26,9 +26,10 @@ FOUR_BITS = 0.5 + 1 / 64 + SINGLE / (64 * 256)
 
 # TRL's output layer works on tiles of so many tokens and words. Triton folds a tile where it lies; without it,
 # torch's operations hold so many float32 copies at their widest, the backward pass, and a mask.
-RESIDUAL = 128  # tokens, transformers' default
 TILE_TOKENS, TILE_WORDS = 4096, 32768
 COPIES, COPIES_WITHOUT_TRITON = 0, 7
+
+RESIDUAL = 128  # of the cache in int4 and int2, the newest tokens, which stay in 16 bits: transformers' default
 
 # Bytes that an optimizer keeps for a trainable parameter. Paged states live here, too, and move to the host under
 # pressure.
@@ -232,7 +233,7 @@ def training_bytes(
     Args:
         attention: "eager", or anything else for a kernel that does not keep the scores.
         triton: the output layer runs in Triton, as on a GPU.
-        scored: tokens whose log-probability is asked for, where it is not all. Only Triton leaves the others out.
+        scored: tokens whose log-probability is asked for, where it is not all.
 
     Returns:
         Bytes that add up to the peak: of the output layer and of a layer computed again, the larger one comes first in
@@ -240,7 +241,7 @@ def training_bytes(
     """
     widths = Widths.of(config)
     kept = activation_bytes(widths, targets, lines, length, attention, checkpointing, dropout)
-    logits = logit_bytes((scored or lines * length) if triton else lines * length, widths.words, triton)
+    logits = logit_bytes(scored or lines * length, widths.words, triton)
     again = backward_bytes(widths, targets, lines, length, attention, dropout) if checkpointing else 0
     return kept + max(again - logits, 0), logits
 

@@ -191,5 +191,7 @@ def test_an_rl_stage_counts_its_whole_batch_of_completions_and_shared_prompts_on
     apart = rl_memory(model, base, stage, targets, 400, triton=True)
     assert apart.rollouts == rollout_bytes(config, 32, 400, 100)
     assert apart.logits == 800 * 2 * TILE_WORDS  # of the prompts no log-probability is asked for
+    slow = rl_memory(model, base, stage, targets, 400, triton=False)
+    assert slow.logits == logit_bytes(800, config.vocab_size, triton=False)  # `score_labelled_only`
     shared = rl_memory(model, base, stage.model_copy(update={"share_prompts": True}), targets, 400, triton=True)
     assert shared.activations < 0.4 * apart.activations  # 1200 positions in the place of 4000
