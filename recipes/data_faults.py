@@ -14,6 +14,7 @@ from ..data_selection.duplicates import deduplicate
 from ..data_selection.texts import row_text
 from .links import feeder, own_sources, sources_behind
 from .needs import out_of_reach
+from .pictures import holds_pictures
 from .rows import source_rows
 from .schema import Recipe
 from .schema_rows import AdaptInfSelect, Copies, Dedup, Neural, Select
@@ -35,6 +36,7 @@ class Seen:
 
     rows: int | None = 0  # None where it is not known
     sources: set[str] = field(default_factory=set)
+    pictures: bool = False  # whether a row holds any
 
 
 def source_faults(
@@ -55,6 +57,7 @@ def source_faults(
                 rows += 1
                 words = words or bool(row_text(row, name).strip())
                 seen.sources.add(str(row.get("source")))
+                seen.pictures = seen.pictures or holds_pictures(row)
         except (ValueError, OSError) as error:
             readable = False
             yield (*key, number), str(error)
@@ -145,6 +148,8 @@ def select_faults(recipe: Recipe, stage: Select) -> Found:
         from huggingface_hub.utils import validate_repo_id
 
         yield from tried(("push",), lambda: validate_repo_id(stage.push or ""))
+        if pool.pictures:
+            yield ("push",), "rows of the pool hold pictures, which are not pushed; leave push out"
 
 
 def _setting_faults(stage: Select) -> Found:

@@ -84,16 +84,16 @@ def run_select(recipe: Recipe, step: Step, run: RunFolder) -> None:
     if unique is not None:
         facts["duplicates"] = {"pool": unique.pool_size, "kept": len(unique), **unique.details}
     if stage.push is not None:
-        facts["pushed"] = _pushed(picked, stage.push, behind, dsir)
+        facts["pushed"] = _pushed(name, picked, stage.push, behind, dsir)
     run.finish(name, **facts)
 
 
-def _pushed(picked: Selection, repo: str, sources: list[Source], dsir: Dsir) -> str:
+def _pushed(name: str, picked: Selection, repo: str, sources: list[Source], dsir: Dsir) -> str:
     try:
         return picked.push_to_hub(repo, pool=_Published(picked, sources), dsir=dsir)
     except Exception as error:  # the Hub's and the network library's own errors, which differ between their versions
         raise RunError(
-            f"select: the picks are written, but were not pushed to {repo!r}: {' '.join(str(error).split())}; "
+            f"{name}: the picks are written, but were not pushed to {repo!r}: {' '.join(str(error).split())}; "
             "look at the network and at your login, then run again: it goes on with the scores that are there"
         ) from error
 

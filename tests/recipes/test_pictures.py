@@ -277,6 +277,14 @@ def test_rows_that_do_not_fit_are_left_out_and_none_left_ends_the_run(data, caps
         fitting(rows, processor(), "sft", 3, True)
 
 
+def test_a_push_of_picked_rows_with_pictures_is_refused_before_anything_is_picked(data):
+    select = "- {stage: select, raw: RAW, target: data/pool.jsonl, k: 2, push: me/picks}\n"
+    write_rows(data / "blind.jsonl", [chat(f"{number}?", "a") for number in range(4)])
+    sft = SFT.replace("controls: [random], ", "")
+    refused, taken = (faults_of(data, select.replace("RAW", raw) + sft) for raw in ("data/pool.jsonl", "blind.jsonl"))
+    assert taken == [] and len(refused) == 1 and "rows of the pool hold pictures, which are not pushed" in refused[0]
+
+
 def test_a_bit_plan_is_refused(data):
     with pytest.raises(RecipeError):
         load(written(data, SELECT + SFT), ["base.precision={}", "base.quantization=nf4"])
