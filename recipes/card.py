@@ -72,7 +72,7 @@ def metadata(recipe: dict[str, Any], peft_type: str, base: str | None, sees: boo
 
 
 def model_index(run: RunFiles) -> dict[str, Any]:
-    """The key model-index: what the last verify stage measured of the adapter that is published; nothing where it did not.
+    """The key model-index: what the last verify stage measured of the published adapter; nothing where it did not.
 
     The task is generated, so that its dataset has no id; its args are what generates it again.
     """

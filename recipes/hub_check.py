@@ -61,12 +61,15 @@ def _plain_faults(recipe: Recipe, wanted: dict[str, tuple[str, str]]) -> Found:
         yield ("hub", "repo"), "there is no adapter to push: none of the stages trains one; leave repo out"
     if "dataset" in wanted and "select" not in kinds:
         yield ("hub", "dataset"), "there are no rows to push: only a select stage picks them; leave dataset out"
-    if "dataset" in wanted and any(getattr(stage, "datasets", None) for stage in recipe.stages):
+    picking = next(
+        (stage for stage in reversed(recipe.stages) if stage.stage == "select"), None
+    )  # whose rows are pushed
+    if "dataset" in wanted and getattr(picking, "datasets", None):
         yield (
             ("hub", "dataset"),
             "over datasets the picks depend on the training and are not pushed; leave it out",
         )
-    if "dataset" in wanted and any(getattr(stage, "push", None) for stage in recipe.stages):
+    if "dataset" in wanted and getattr(picking, "push", None):
         yield ("hub", "dataset"), "the key 'push' of the select stage pushes the same rows; leave one of them out"
     given = recipe.hub.base_model
     if given is not None:

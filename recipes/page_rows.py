@@ -6,7 +6,6 @@ import json
 from collections.abc import Iterator
 from html import escape
 from pathlib import Path
-from typing import Any
 
 from ..data_selection import DataSelectionError, Selection
 from ..data_selection.texts import row_text

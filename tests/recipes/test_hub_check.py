@@ -57,6 +57,16 @@ def test_what_can_never_be_pushed_is_a_fault_and_found_without_the_hub(small, hu
     assert hub.asked == []
 
 
+def test_the_rows_pushed_are_those_of_the_last_select_stage_whatever_an_earlier_one_does(small, hub):
+    sequence = "{stage: select, method: adapt_inf, datasets: [{name: a, raw: pool.jsonl}], k: 1}"
+    other = "{stage: select, raw: pool.jsonl, target: target.jsonl, k: 1%s}"
+    for first, last in ((sequence, other % ""), (other % ", push: me/y", other % "")):
+        listed = f"stages=[{first}, {{stage: sft}}, {last}]"
+        assert faults_of(small, "hub.dataset=me/x", listed) == []
+    [fault] = faults_of(small, "hub.dataset=me/x", f"stages=[{other % ''}, {other % ', push: me/x'}]")
+    assert "pushes the same rows" in fault
+
+
 def test_no_token_is_a_fault(small, hub, monkeypatch, tmp_path):
     from huggingface_hub import constants
 

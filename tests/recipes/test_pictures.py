@@ -23,7 +23,7 @@ from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3I
 
 from krontune.adapters import load_base
 from krontune.data_selection import DataSelectionError
-from krontune.data_selection.encoding import collate, encode
+from krontune.data_selection.encoding import collate, encode, images_of
 from krontune.recipes import needs
 from krontune.recipes.chain import run as run_recipe
 from krontune.recipes.faults import RecipeError
@@ -166,6 +166,38 @@ def test_pictures_in_a_parquet_file_are_kept_as_files_and_trained_on(data):
     assert run.record["data"]["sft"]["pictures"] == 4
     files = sorted((run.path / "sft" / "pictures").iterdir())
     assert {Image.open(file).getpixel((0, 0)) for file in files} == set(COLOURS.values()) and len(files) == 4
+
+
+@pytest.mark.slow
+def test_pictures_are_found_behind_several_stages_of_a_kind(data):
+    rows = []
+    for number in range(8):
+        buffer, colour = io.BytesIO(), list(COLOURS)[number % 4]
+        picture(colour, (20 + number, 30)).save(buffer, "PNG")
+        rows.append({**chat(f"which colour {number}?", colour), "image": {"bytes": buffer.getvalue(), "path": None}})
+    parquet.write_table(pyarrow.Table.from_pylist([*rows, rows[0]]), data / "own.parquet")
+    select = SELECT.replace(" raw: data/pool.jsonl,", "").replace("k: 6", "k: 4")
+    sft = f"- {{stage: sft, trainer: {TRAINER}}}\n"
+    stages = (
+        "- {stage: dedup, data: [own.parquet, data/pool.jsonl]}\n" + select + sft.replace("sft,", f"sft, {ADAPTER},")
+    )
+    stages += select + "- {stage: dedup, data: select}\n" + sft.replace("sft,", "sft, data: dedup,")
+    recipe = load(written(data, stages))
+    assert check(recipe) == []
+    run = run_recipe(recipe, "runs/eyes", say=lambda line: None)
+    assert run.record["stages"]["dedup"]["rows"] == 21 and run.record["stages"]["select-2"]["n"] == 4
+    for name in ("dedup/kept", "select/selected", "select-2/selected", "dedup-2/kept"):
+        file = run.path / f"{name}.jsonl"
+        found = [file.parent / path for row in lines_of(file) for path in images_of(row)]
+        assert found and all(path.is_file() for path in found), name
+        answers = [(row["completion"][0]["content"], images_of(row)) for row in lines_of(file)]
+        for answer, paths in answers:
+            assert all(Image.open(file.parent / path).getpixel((0, 0)) == COLOURS[answer] for path in paths), name
+    shown = run.record["data"]
+    assert shown["sft-2"]["rows"] == run.record["stages"]["dedup-2"]["kept"] and shown["sft-2"]["pictures"] > 0
+    again = []
+    run_recipe(recipe, "runs/eyes", say=again.append)
+    assert all("skipped" in line for line in again), again
 
 
 # ---------------------------------------------------------------- rows and batches
