@@ -23,6 +23,7 @@ from ..data_selection import Store, score_samples
 from ..data_selection.lifelong import MODEL, lifelong
 from ..data_selection.performance import answer_performance
 from ..data_selection.selection import write_atomic
+from ..rl.labelled_head import score_labelled_only
 from .links import feeder
 from .pool import INPUTS, read_if_there
 from .precision import save_plan
@@ -149,6 +150,7 @@ class AdapterLearner:
                 processing_class=self.tokenizer,
                 callbacks=[_Report(self.name, self.run, self.before)],
             )
+        score_labelled_only(trainer.model)
         if not len(trainer.train_dataset):
             longest = trainer.args.max_length
             raise RunError(f"{self.name}: none of {len(rows)} rows has anything to learn within max_length {longest}")

@@ -24,6 +24,7 @@ from ..data_selection import AdaptInf, Selection, score_samples
 from ..data_selection.files import open_atomic
 from ..data_selection.projections import Factorised
 from ..data_selection.selection import top_k, uniform_noise, write_atomic
+from ..rl.labelled_head import score_labelled_only
 from .links import own_sources
 from .pictures import as_paths, is_processor, picture_training
 from .pool import (
@@ -202,6 +203,7 @@ def warm_up(recipe: Recipe, step: Step, rows: Sequence[Row], out: Path, run: Run
             **data,
             callbacks=[Report(step.name, run, shown=("loss",))],
         )
+    score_labelled_only(trainer.model)
     trainer.remove_callback(PrinterCallback)
     trainer.train()
     if not all(torch.isfinite(p).all() for p in model.parameters() if p.requires_grad):
