@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
-from transformers import LlamaConfig, LlamaForCausalLM
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
+from transformers import Idefics3Config, Idefics3ForConditionalGeneration, LlamaConfig, LlamaForCausalLM
 from trl.trainer import utils as trl_utils
 
 from krontune.adapters import MokaConfig
@@ -122,3 +122,42 @@ def test_checkpointing_computes_the_same(config):
     assert slow.keys() == quick.keys()
     for name in slow:
         torch.testing.assert_close(quick[name], slow[name])
+
+
+def with_learned_prompt():
+    return tiny(config=PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)), batch()
+
+
+def with_pictures():
+    torch.manual_seed(0)
+    size = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    words = {"model_type": "llama", **size, "num_key_value_heads": 2, "vocab_size": 97, "pad_token_id": 0}
+    eyes = {**size, "image_size": 32, "patch_size": 8}
+    model = Idefics3ForConditionalGeneration(
+        Idefics3Config(vision_config=eyes, text_config=words, image_token_id=3, scale_factor=2)
+    )
+    inputs = batch()
+    inputs["input_ids"] = inputs["input_ids"].clamp(min=5)
+    inputs["input_ids"][:, 1:5] = 3
+    inputs["pixel_values"] = torch.randn(3, 1, 3, 32, 32)
+    return get_peft_model(
+        model, LoraConfig(r=2, target_modules=".*text_model.*q_proj", init_lora_weights=False)
+    ), inputs
+
+
+@pytest.mark.parametrize("make", [with_learned_prompt, with_pictures])
+def test_a_learned_prompt_before_the_labels_and_a_model_that_reads_pictures(make, projected):
+    found = []
+    for ours in (False, True):
+        model, inputs = make()
+        fused(model)
+        if ours:
+            score_labelled_only(model)
+        found.append(learn(model, inputs))
+    (first, slow), (second, quick) = found
+    for name in ("loss", "log_probs", "entropy", "label_mask"):
+        torch.testing.assert_close(second[name], first[name], rtol=1e-4, atol=1e-5)
+    assert slow.keys() == quick.keys() and slow
+    for name in slow:
+        torch.testing.assert_close(quick[name], slow[name], rtol=1e-4, atol=1e-5)
+    assert projected[1] == int(first.label_mask.sum()) < projected[0]
