@@ -12,7 +12,6 @@ import sys
 import threading
 import time
 from datetime import timedelta
-from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
 import pytest
@@ -25,6 +24,8 @@ from krontune.recipes.faults import Fault, RecipeError
 from krontune.recipes.loader import load
 from krontune.recipes.processes import AnotherProcessFailed, Processes
 from krontune.recipes.run_folder import RunError
+
+from .conftest import write_model
 
 
 def several(count: int) -> list[Processes]:
@@ -271,12 +272,9 @@ stages:
 
 @pytest.fixture
 def tiny(tmp_path, monkeypatch) -> Path:
-    specification = spec_from_file_location("resume", Path(__file__).parent / "test_resume.py")
-    resume = module_from_spec(specification)
-    specification.loader.exec_module(resume)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    resume.write_model(tmp_path / "model")
+    write_model(tmp_path / "model")
     (tmp_path / "tiny.yaml").write_text(RECIPE)
     return tmp_path
 

@@ -152,7 +152,9 @@ def test_the_recipe_says_how_often_to_save_and_one_whole_checkpoint_always_stays
 
 @pytest.mark.slow
 def test_ten_kills_at_random_points_lose_nothing(tiny):
-    done = subprocess.run([sys.executable, __file__, "10"], capture_output=True, text=True, timeout=600)
+    command = [sys.executable, "-m", "recipes.test_resume", "10"]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
     runs = [Path(line) for line in done.stdout.split()]
     for run in runs:
@@ -200,10 +202,6 @@ def killed_runs(kills: int) -> None:
         print(f"killed-{number}")
 
 
-if __name__ == "__main__":
-    killed_runs(int(sys.argv[1]))
-
-
 def test_the_head_of_sft_sees_only_what_is_learned_from(tiny, monkeypatch):
     tiny.write_text(RECIPE[: RECIPE.index("  - stage: rl")])
     targets = []
@@ -219,3 +217,7 @@ def test_the_head_of_sft_sees_only_what_is_learned_from(tiny, monkeypatch):
     chain.run(load(tiny, ["stages.sft.trainer.max_steps=1"]), "run")
     assert len(targets) == 1
     assert not any((labels == 0).any() for labels in targets)  # padding, which TRL gives positions without a label
+
+
+if __name__ == "__main__":
+    killed_runs(int(sys.argv[1]))
