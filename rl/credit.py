@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from math import floor, isfinite
 from numbers import Integral, Real
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -314,7 +314,7 @@ _NUMBERS: dict[str, type] = {
 }
 
 
-def _refuse_other_than(kind: type, name: str, value: object) -> None:
+def _refuse_other_than(kind: type, name: str, value: Any) -> None:
     """Raises RlError unless the value is a whole number, or, for float, a finite one."""
     fits = isinstance(value, Integral if kind is int else Real) and not isinstance(value, bool)
     if not (fits and isfinite(value)):
