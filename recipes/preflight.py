@@ -14,6 +14,8 @@ from ..adapters import AdapterError
 from ..adapters.base import resolve_model
 from ..adapters.embedded import NAME
 from ..rl import CertificateTask, Guarded, RlError, TokenCredit
+from ..rl.probe import refuse_unreadable
+from ..rl.risk import tail_fault
 from ..rl.rollout_cache import BITS, cache_settings
 from .adapt_inf_faults import adapt_inf_faults
 from .data_faults import Found, dedup_faults, select_faults, source_faults, tried
@@ -47,6 +49,14 @@ LEAST = {
     "warmup_steps": 0,
     "weight_decay": 0,
     "max_grad_norm": 0,
+}
+
+
+# What TRL's GRPO takes, as it says only when it first scores a batch or computes a loss.
+CHOICES: dict[str, tuple[object, ...]] = {
+    "loss_type": ("grpo", "bnpo", "dr_grpo", "dapo", "luspo", "cispo", "sapo", "vespo"),
+    "importance_sampling_level": ("token", "sequence"),
+    "scale_rewards": ("group", "batch", "none", True, False),
 }
 
 
@@ -174,7 +184,10 @@ def _row_faults(recipe: Recipe, stage: Sft) -> Found:
 def _rl_faults(recipe: Recipe, stage: Rl) -> Found:
     if stage.adapter is not None:
         yield from adapter_faults(recipe, stage.adapter)
-    yield from tried(("credit",), lambda: make_credit(stage))
+    credit_faults = list(tried(("credit",), lambda: make_credit(stage)))
+    yield from credit_faults
+    if not credit_faults:
+        yield from _unreadable_faults(recipe, stage)
     yield from tried(("risk",), lambda: make_risk(stage))
     yield from _conflicts(recipe, stage)
     yield from _trainer_faults(recipe, stage, "GRPOConfig")
@@ -195,6 +208,20 @@ def _rl_faults(recipe: Recipe, stage: Rl) -> Found:
     yield from built
     if not faults and not built:
         yield from _reward_faults(recipe, stage, task)
+
+
+def _unreadable_faults(recipe: Recipe, stage: Rl) -> Found:
+    """Layers that the model does not have, or whose attention token credit cannot read."""
+    credit = make_credit(stage)
+    if not credit.reads_attention or reads_pictures(recipe.base):
+        return
+    try:
+        model = meta_model(recipe.base)
+    except ConfigError:  # said of the base
+        return
+    if model is not None:
+        where = ("credit",) if credit.layers is None else ("credit", "layers")
+        yield from tried(where, lambda: refuse_unreadable(model, credit.layers))
 
 
 def _reward_faults(recipe: Recipe, stage: Rl, task: CertificateTask | None) -> Found:
@@ -273,8 +300,14 @@ def _conflicts(recipe: Recipe, stage: Rl) -> Found:
     if batch > 0 and group > 0:
         steps = trainer.get("steps_per_generation") or trainer.get("gradient_accumulation_steps") or 1
         prompts = batch * steps // group
-        if prompts % max(risk.get("bundle", 1), 1):
-            yield ("risk", "bundle"), f"a batch of {prompts} prompts cannot be cut into bundles of {risk['bundle']}"
+        bundle = max(risk.get("bundle", 1), 1)
+        if prompts % bundle:
+            yield (
+                ("risk", "bundle"),
+                f"a batch of {prompts} prompts cannot be cut into bundles of {bundle}: give a divisor of {prompts}, or "
+                "a larger batch",
+            )
+    yield from _tail_faults(stage)
     tail = risk.get("weight", 0.5) > 0.5 and risk.get("alpha", 0.5) < 1
     if stage.reward in BINARY and tail and not risk.get("allow_binary"):
         yield (
@@ -284,6 +317,17 @@ def _conflicts(recipe: Recipe, stage: Rl) -> Found:
                 "gradient: use at most 0.5, a graded reward, or allow_binary: true"
             ),
         )
+
+
+def _tail_faults(stage: Rl) -> Found:
+    """Of risk: a tail that holds the worst completion alone."""
+    group = value_of(stage.trainer, "num_generations")
+    try:
+        risk = make_risk(stage)
+    except RlError:  # said of the value
+        return
+    if risk is not None and group and group > 0 and (fault := tail_fault(group, risk)):
+        yield ("risk",), fault
 
 
 def _cache_faults(recipe: Recipe, stage: Rl, trainer: dict[str, Any]) -> Found:
@@ -322,8 +366,11 @@ def _cache_faults(recipe: Recipe, stage: Rl, trainer: dict[str, Any]) -> Found:
 
 def _lost_credit(strategy: str, credit: dict[str, Any], trainer: dict[str, Any]) -> Iterator[str]:
     """Settings under which token credit would do nothing, or cannot be found."""
-    if trainer.get("importance_sampling_level") == "sequence" or trainer.get("loss_type") == "luspo":
-        yield "sequence-level importance sampling erases token credit: use level token, or credit: null"
+    for key, value in (("importance_sampling_level", "sequence"), ("loss_type", "luspo")):
+        if trainer.get(key) == value:
+            yield (
+                f"{key}: {value} weighs whole sequences, which erases token credit: give another {key}, or credit: null"
+            )
     for key in ("fsdp", "deepspeed"):
         if trainer.get(key):
             yield f"token credit reads a part of the model's forward, which {key} does not allow; leave {key} out"
@@ -408,6 +455,12 @@ def _trainer_faults(recipe: Recipe, stage: Any, config_class: str) -> Found:
             yield ("trainer", key), f"{key} is {value}; give a finite number"
         elif key in LEAST and isinstance(value, (int, float)) and value < LEAST[key]:
             yield ("trainer", key), f"{key} is {value}; give at least {LEAST[key]}"
+    for key, allowed in CHOICES.items() if config_class == "GRPOConfig" else ():
+        if key in values and values[key] not in allowed:
+            close = difflib.get_close_matches(str(values[key]), [str(one) for one in allowed], 1)
+            hint = f"; did you mean {close[0]!r}?" if close else ""
+            shown = ", ".join(repr(one) for one in allowed if isinstance(one, str))
+            yield ("trainer", key), f"{key} is {values[key]!r}; allowed: {shown}{hint}"
     if values.get("max_steps") == 0:
         yield ("trainer", "max_steps"), "max_steps is 0; give at least 1, or leave it out to go by num_train_epochs"
     if values.get("use_vllm") and find_spec("vllm") is None:

@@ -39,7 +39,12 @@ def points(recipe: Recipe) -> dict[str, Recipe]:
             name = point_name(given)
             if name in found:
                 raise RecipeError(
-                    [Fault(recipe.where(("sweep",)), f"two combinations are called {name}; rename a file")]
+                    [
+                        Fault(
+                            recipe.where(("sweep",)),
+                            f"two combinations are called {name}: give each value once, and files names of their own",
+                        )
+                    ]
                 )
             found[name] = point(recipe, given)
         except RecipeError as error:

@@ -12,10 +12,11 @@ of FAI (bottom), or spread the same sum over all tokens (uniform). In the paper'
 5 points over plain GRPO, so a gain of a rule is its gain over these.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from math import floor
-from typing import NamedTuple
+from math import floor, isfinite
+from numbers import Integral, Real
+from typing import Any, NamedTuple
 
 import torch
 
@@ -83,6 +84,23 @@ class TokenCredit:
         for name, allowed in _CHOICES.items():
             if getattr(self, name) not in allowed:
                 raise RlError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
+        for name, kind in _NUMBERS.items():
+            _refuse_other_than(kind, name, getattr(self, name))
+        for name in ("horizon", "layers", "exclude_ids"):  # lists, as recipes give them, would not hash
+            value = getattr(self, name)
+            if value is None and name == "layers":
+                continue
+            if isinstance(value, str) or not isinstance(value, Sequence):
+                raise RlError(f"{name} must be a list of whole numbers, got {value!r}")
+            for item in value:
+                _refuse_other_than(int, name, item)
+            object.__setattr__(self, name, tuple(value))
+        if self.layers is not None and (not self.layers or min(self.layers) < 0):
+            raise RlError(
+                f"layers must be indices from 0, at least one, or None for five of the middle third, got {self.layers}"
+            )
+        if any(token < 0 for token in self.exclude_ids):
+            raise RlError(f"exclude_ids must be token ids, from 0, got {self.exclude_ids}")
         for name in ("top_q", "head_quantile"):
             if not 0 < getattr(self, name) <= 1:
                 raise RlError(f"{name} is a share in (0, 1], got {getattr(self, name)}")
@@ -98,9 +116,6 @@ class TokenCredit:
             raise RlError(f"horizon must be (low, high) with 0 <= low <= high, got {self.horizon}")
         if self.cosine_every < 0:
             raise RlError(f"cosine_every must be 0 (never) or more, got {self.cosine_every}")
-        for name in ("horizon", "layers", "exclude_ids"):  # lists, as recipes give them, would not hash
-            if getattr(self, name) is not None:
-                object.__setattr__(self, name, tuple(getattr(self, name)))
 
     @classmethod
     def preset(cls, name: str, **changes: object) -> "TokenCredit":
@@ -109,7 +124,7 @@ class TokenCredit:
         v1 looks 50 tokens ahead and credits positive advantages only. Both print the same results.
         """
         presets = {"v1": {"horizon": (10, 50), "sign": "positive"}, "v2": {}}
-        if name not in presets:
+        if not isinstance(name, str) or name not in presets:
             raise RlError(f"unknown preset {name!r}; presets: {', '.join(presets)}")
         return replace(cls(**presets[name]), **changes)
 
@@ -293,6 +308,17 @@ _CHOICES = {
     "head_split": SCHEDULES,
     "backend": BACKENDS,
 }
+_NUMBERS: dict[str, type] = {
+    **dict.fromkeys(("window", "lookback", "head_refresh", "cosine_every", "seed"), int),
+    **dict.fromkeys(("top_q", "gamma", "alpha", "tau_waad", "tau_delta", "head_quantile"), float),
+}
+
+
+def _refuse_other_than(kind: type, name: str, value: Any) -> None:
+    """Raises RlError unless the value is a whole number, or, for float, a finite one."""
+    fits = isinstance(value, Integral if kind is int else Real) and not isinstance(value, bool)
+    if not (fits and isfinite(value)):
+        raise RlError(f"{name} must be a {'whole' if kind is int else 'finite'} number, got {value!r}")
 
 
 def _long_enough(mask: torch.Tensor, horizon: tuple[int, int]) -> torch.Tensor:

@@ -210,6 +210,16 @@ def _attention_of(model: Any) -> tuple[Any, Any, str]:
     return decoder, ALL_ATTENTION_FUNCTIONS, str(decoder.config._attn_implementation)
 
 
+def refuse_unreadable(model: Any, layers: Sequence[int] | None = None) -> None:
+    """What can be told of a model without running it, one without weights too.
+
+    Raises:
+        RlError: as of `probe`, for unknown layers and for attention whose kind is known to be unreadable.
+    """
+    decoder, _, _ = _attention_of(model)
+    _attention_modules(decoder, middle_third(len(decoder.layers)) if layers is None else sorted(set(layers)))
+
+
 def _attention_modules(decoder: Any, layers: Sequence[int]) -> dict[Any, int]:
     """Which modules may call attention for which of the layers; refuses layers whose kind is known to be unreadable."""
     n_layers, config = len(decoder.layers), decoder.config

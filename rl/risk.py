@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from math import ceil
+from numbers import Integral, Real
 
 import torch
 
@@ -30,6 +31,12 @@ class Risk:
     allow_binary: bool = False
 
     def __post_init__(self) -> None:
+        for name, kind, said in (("weight", Real, "a"), ("alpha", Real, "a"), ("bundle", Integral, "a whole")):
+            value = getattr(self, name)
+            if not isinstance(value, kind) or isinstance(value, bool):
+                raise RlError(f"{name} must be {said} number, got {value!r}")
+        if not isinstance(self.allow_binary, bool):
+            raise RlError(f"allow_binary must be True or False, got {self.allow_binary!r}")
         if not 0 <= self.weight <= 1:
             raise RlError(f"weight is the share of CVaR, in [0, 1], got {self.weight}")
         if not 0 < self.alpha <= 1:
@@ -77,6 +84,17 @@ def risk_advantages(rewards: torch.Tensor, group: int, risk: Risk) -> torch.Tens
         w = ((1 - risk.weight) * bundles - risk.weight / risk.alpha * short).view(-1)
     prompts = w.view(-1, group)
     return torch.nan_to_num(prompts - prompts.nanmean(1, keepdim=True), nan=0.0).view(-1)
+
+
+def tail_fault(group: int, risk: Risk) -> str | None:
+    """What is wrong where the tail of a bundle of `group` completions a prompt is a single one, the worst: eta is its
+    reward, no reward lies below it, and only the mean is left of the objective. None where nothing is wrong."""
+    if risk.weight == 0 or ceil(risk.alpha * group * risk.bundle - 1e-9) > 1:
+        return None
+    return (
+        f"alpha {risk.alpha:g} of {group * risk.bundle} completions is a tail of one, with nothing below its end: "
+        "risk would do nothing but weaken the mean; raise alpha, num_generations or bundle"
+    )
 
 
 def is_graded(rewards: torch.Tensor) -> bool:

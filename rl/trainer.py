@@ -22,7 +22,7 @@ from .labelled_head import score_labelled_only
 from .mismatch import MAX, MEAN
 from .probe import evaluating, read_rhythm
 from .rhythm import Rhythm
-from .risk import Risk, is_graded, risk_advantages, zero_groups
+from .risk import Risk, is_graded, risk_advantages, tail_fault, zero_groups
 from .rollout_cache import cache_settings, recorded
 from .shared_prompt import pack, refuse_leaks, shared_prefill
 
@@ -218,10 +218,17 @@ class TokenCreditGRPOTrainer(DenseRolloutGRPOTrainer):
     Raises:
         RlError: settings that would erase token credit without a word, or that it was not made for: sequence-level
             importance sampling, the loss `luspo`, FSDP, ZeRO-3, images; attention that the probe cannot read; risk
-            with `normalize_then_sum`, or with batches that are not whole bundles.
+            with `normalize_then_sum`, with batches that are not whole bundles, or with a tail of one completion; a
+            credit or risk that is none.
     """
 
     def __init__(self, *args: Any, credit: TokenCredit | None = None, risk: Risk | None = None, **kwargs: Any) -> None:
+        if credit is not None and not isinstance(credit, TokenCredit):
+            raise RlError(
+                f"credit must be a TokenCredit, such as TokenCredit(strategy='coupled'), or None, got {credit!r}"
+            )
+        if risk is not None and not isinstance(risk, Risk):
+            raise RlError(f"risk must be a Risk, such as Risk(weight=0.5, alpha=0.5), or None, got {risk!r}")
         super().__init__(*args, **kwargs)
         self.credit = credit or TokenCredit()
         self.risk = risk
@@ -272,7 +279,12 @@ class TokenCreditGRPOTrainer(DenseRolloutGRPOTrainer):
             )
         prompts = cast(int, cast(GRPOConfig, self.args).generation_batch_size) // self._group
         if prompts % risk.bundle:
-            raise RlError(f"a batch of {prompts} prompts cannot be cut into bundles of {risk.bundle}")
+            raise RlError(
+                f"a batch of {prompts} prompts cannot be cut into bundles of {risk.bundle}: give a divisor of "
+                f"{prompts}, or a larger batch"
+            )
+        if fault := tail_fault(self._group, risk):
+            raise RlError(fault)
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         batch = super()._generate_and_score_completions(inputs)

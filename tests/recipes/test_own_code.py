@@ -241,7 +241,10 @@ def test_a_credit_preset_is_changed_by_the_other_keys_and_survives_writing_out(s
     ("overrides", "message"),
     [
         (["stages.rl.credit={}", "stages.rl.trainer.max_completion_length=16"], "it would do nothing"),
-        (["stages.rl.credit={}", "stages.rl.trainer.loss_type=luspo"], "erases token credit"),
+        (["stages.rl.credit={}", "stages.rl.trainer.loss_type=luspo"], "loss_type: luspo weighs whole sequences"),
+        (["stages.rl.credit={layers: [99]}"], "layers must be indices from 0 to"),
+        (["stages.rl.credit={gamma: .nan}"], "gamma must be a finite number, got nan"),
+        (["stages.rl.risk={alpha: 0.1}", "stages.rl.trainer.num_generations=8"], "tail of one"),
         (["stages.rl.risk={}", "stages.rl.trainer.scale_rewards=group"], "takes the place of scale_rewards"),
         (
             [

@@ -1,10 +1,13 @@
+import inspect
+import re
 from importlib.util import find_spec
 
 import pytest
 from transformers import LlamaConfig
+from trl import GRPOTrainer
 
 from krontune.recipes.loader import load
-from krontune.recipes.preflight import check
+from krontune.recipes.preflight import CHOICES, check
 
 
 def faults_of(file, *overrides):
@@ -160,6 +163,9 @@ def test_puzzles_that_cannot_be_made_are_a_fault(small):
             "r:9:5",
             "trl.SFTConfig refuses these values: cosin is not a valid",
         ),
+        ("stages.rl.trainer.loss_type=grpoo", "override", "loss_type is 'grpoo'; allowed: 'grpo', 'bnpo'"),
+        ("stages.rl.trainer.importance_sampling_level=seq", "override", "allowed: 'token', 'sequence'"),
+        ("stages.rl.trainer.scale_rewards=std", "override", "allowed: 'group', 'batch', 'none'"),
         ("stages.rl.trainer.num_generations=3", "r:13:5", "trl.GRPOConfig refuses these values: "),
         ("stages.rl.trainer.num_generations=0", "r:13:5", "ZeroDivisionError: integer modulo by zero"),
     ],
@@ -178,3 +184,13 @@ def test_a_reason_of_several_lines_stays_one_fault_of_one_line(small, monkeypatc
 
     monkeypatch.setattr("trl.SFTConfig", refuse)
     assert faults_of(small) == ["r:9:5: trl.SFTConfig refuses these values: TypeError: no such option"]
+
+
+def test_the_choices_are_those_that_trl_compares_with():
+    """Fails when a release of TRL takes other losses, levels or scales than `check` does."""
+    source = inspect.getsource(GRPOTrainer)
+    for key, allowed in CHOICES.items():
+        texts = set()
+        for one, many in re.findall(rf'self\.{key} (?:== ("\w+")|in \[([^\]]+)\])', source):
+            texts |= set(re.findall(r'"(\w+)"', one or many))
+        assert texts == {value for value in allowed if isinstance(value, str)}, key

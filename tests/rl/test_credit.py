@@ -3,6 +3,7 @@
 import math
 import statistics
 
+import numpy as np
 import pytest
 import torch
 
@@ -215,11 +216,33 @@ def test_presets_are_the_two_versions_of_the_paper():
         {"lookback": 0},
         {"horizon": (10, 5)},
         {"cosine_every": -1},
+        {"gamma": float("nan")},
+        {"gamma": float("inf")},
+        {"gamma": "2"},
+        {"window": 2.5},
+        {"cosine_every": None},
+        {"top_q": True},
+        {"seed": "a"},
+        {"horizon": 10},
+        {"horizon": (1.5, 3)},
+        {"layers": 3},
+        {"layers": "ab"},
+        {"layers": ()},
+        {"layers": (-1,)},
+        {"exclude_ids": 5},
+        {"exclude_ids": (-1,)},
     ],
 )
 def test_settings_out_of_range_are_refused_by_name(wrong):
     with pytest.raises(RlError, match=next(iter(wrong))):
         TokenCredit(**wrong)
+
+
+def test_settings_may_be_whole_numbers_numpys_and_ranges():
+    credit = TokenCredit(gamma=2, window=np.int64(5), top_q=np.float32(0.5), layers=range(2, 4), horizon=[4, 8])
+    assert (credit.layers, credit.horizon) == ((2, 3), (4, 8))
+    with pytest.raises(RlError, match="unknown preset"):
+        TokenCredit.preset(["v1"])
 
 
 def test_shapes_that_disagree_and_a_missing_entropy_are_refused():

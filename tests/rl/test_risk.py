@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from krontune.rl.errors import RlError
-from krontune.rl.risk import Risk, risk_advantages, zero_groups
+from krontune.rl.risk import Risk, risk_advantages, tail_fault, zero_groups
 
 NORMAL = torch.distributions.Normal(torch.tensor(0.0, dtype=torch.float64), torch.tensor(1.0, dtype=torch.float64))
 
@@ -118,10 +118,29 @@ def test_the_share_of_zero_groups_counts_prompts():
     assert zero_groups(torch.tensor([0.0, 0.0, 0.5, -0.5, 0.0, 0.0, 0.0, 0.0]), 2) == 0.75
 
 
-@pytest.mark.parametrize("wrong", [{"weight": 1.5}, {"alpha": 0.0}, {"bundle": 0}])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"weight": 1.5},
+        {"alpha": 0.0},
+        {"bundle": 0},
+        {"weight": "x"},
+        {"alpha": None},
+        {"bundle": 1.5},
+        {"allow_binary": "no"},
+    ],
+)
 def test_settings_out_of_range_are_refused_by_name(wrong):
     with pytest.raises(RlError, match=next(iter(wrong))):
         Risk(**wrong)
+
+
+def test_a_tail_of_one_completion_is_told_as_it_moves_nothing_but_the_mean():
+    risk = Risk(weight=0.5, alpha=0.25)
+    rewards = torch.tensor([0.1, 0.9, 0.4, 0.6])
+    assert torch.allclose(risk_advantages(rewards, 4, risk), 0.5 * (rewards - rewards.mean()))
+    assert "tail of one" in (tail_fault(4, risk) or "")
+    assert tail_fault(8, risk) is tail_fault(4, Risk(alpha=0.25, bundle=2)) is tail_fault(4, Risk(weight=0.0)) is None
 
 
 def test_rewards_that_are_not_whole_bundles_are_refused():

@@ -137,6 +137,15 @@ def test_risk_is_refused_where_rewards_are_normalised_apart_or_bundles_do_not_fi
         make(tmp_path, risk=Risk(), multi_objective_aggregation="normalize_then_sum")
     with pytest.raises(RlError, match="bundles of 2"):
         make(tmp_path, risk=Risk(bundle=2))
+    with pytest.raises(RlError, match="tail of one"):
+        make(tmp_path, risk=Risk(alpha=0.25))
+
+
+def test_settings_that_are_none_are_refused_by_name(tmp_path):
+    with pytest.raises(RlError, match="credit must be a TokenCredit"):
+        make(tmp_path, {"strategy": "coupled"})
+    with pytest.raises(RlError, match="risk must be a Risk"):
+        make(tmp_path, risk=0.5)
 
 
 # What they do.
