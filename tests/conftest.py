@@ -27,3 +27,20 @@ def hub(monkeypatch, tmp_path):
         monkeypatch.setenv("HF_TOKEN", loopback_hub.TOKEN)
         hub.token = loopback_hub.TOKEN
         yield hub
+
+
+@pytest.fixture
+def projected(monkeypatch):
+    """How many positions each call of TRL's fused head is given, from here on."""
+    from trl.trainer import utils
+
+    seen, own = [], utils._ChunkedLogProbFunction
+
+    class Counted:
+        @staticmethod
+        def apply(hidden, *others):
+            seen.append(len(hidden))
+            return own.apply(hidden, *others)
+
+    monkeypatch.setattr(utils, "_ChunkedLogProbFunction", Counted)
+    return seen

@@ -5,7 +5,6 @@ import json
 from pathlib import Path
 
 import pytest
-from trl.trainer import utils as trl_utils
 
 from krontune.data_selection import AdaptInf, Selection, Store
 from krontune.recipes import lifelong as lifelong_stage
@@ -82,25 +81,10 @@ def test_the_picks_are_those_of_adapt_inf_on_the_store_beside_them(data):
     assert [one["rows"] for one in facts["clusters"]] and "warmed up for 2 steps" in facts["scored_with"]
 
 
-def projected(monkeypatch):
-    """How many positions each call of TRL's head is given."""
-    seen, own = [], trl_utils._ChunkedLogProbFunction
-
-    class Counted:
-        @staticmethod
-        def apply(hidden, *others):
-            seen.append(len(hidden))
-            return own.apply(hidden, *others)
-
-    monkeypatch.setattr(trl_utils, "_ChunkedLogProbFunction", Counted)
-    return seen
-
-
-def test_the_warm_up_scores_the_answers_alone(data, monkeypatch):
+def test_the_warm_up_scores_the_answers_alone(data, projected):
     write_rows(data / "pool.jsonl", [{"prompt": f"{n}+{n}=", "completion": "7"} for n in range(12)])
-    seen = projected(monkeypatch)
     select_in(data)
-    assert seen == [4 * 2, 4 * 2], "four rows a step, each with an answer of one token and the end"
+    assert projected == [4 * 2, 4 * 2], "four rows a step, each with an answer of one token and the end"
 
 
 def test_settings_reach_the_scores_and_the_selection(data):
@@ -268,12 +252,11 @@ def sequence(data, controls=""):
 
 
 @pytest.mark.slow
-def test_a_sequence_is_learned_step_by_step_and_goes_on_where_it_was_cut(data, monkeypatch):
+def test_a_sequence_is_learned_step_by_step_and_goes_on_where_it_was_cut(data, monkeypatch, projected):
     recipe = sequence(data)
     assert check(recipe) == []
-    seen = projected(monkeypatch)
     whole = run_recipe(recipe, data / "whole", say=lambda line: None)
-    assert len(seen) == 6 and max(seen[:4]) <= 4 * 3, "of the sums, the two digits and the end alone"
+    assert len(projected) == 6 and max(projected[:4]) <= 4 * 3, "of the sums, the two digits and the end alone"
     facts = whole.record["stages"]["sft"]
     assert whole.record["stages"]["select"]["datasets"] == {
         "sums": {"rows": 15, "test": 5},

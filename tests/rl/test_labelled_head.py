@@ -27,22 +27,6 @@ def fused(model, **options):
     return model
 
 
-@pytest.fixture
-def projected(monkeypatch):
-    """How many positions each call of the head was given."""
-    seen = []
-    own = trl_utils._ChunkedLogProbFunction
-
-    class Counted:
-        @staticmethod
-        def apply(hidden, *others):
-            seen.append(len(hidden))
-            return own.apply(hidden, *others)
-
-    monkeypatch.setattr(trl_utils, "_ChunkedLogProbFunction", Counted)
-    return seen
-
-
 def batch(rows=3, length=11, seed=0):
     chance = torch.Generator().manual_seed(seed)
     ids = torch.randint(97, (rows, length), generator=chance)
