@@ -27,20 +27,22 @@ from krontune.data_selection import AdaptInf, Store, score_samples
 from krontune.data_selection.encoding import collate, encode
 from krontune.data_selection.lifelong import POLICIES, Lifelong, lifelong
 from krontune.data_selection.performance import answer_performance
+from krontune.data_selection.scores import answer_logits, answer_places
 from krontune.rl.tasks.worked import worked_examples
 
 SKILLS = ("sorting", "arithmetic", "scheduling", "lis")
-BATCH, LENGTH, RATE = 8, 256, 2e-3
+BATCH, LENGTH, RATE = 8, 256, 5e-3
 
 
 def puzzles(kind: str, rows: int, seed: int, split: str) -> list[dict]:
-    return [
-        {
-            "prompt": [{"role": "user", "content": one["prompt"]}],
-            "completion": [{"role": "assistant", "content": one["completion"]}],
-        }
-        for one in worked_examples(kind, rows, seed, [3, 5], split, {})
-    ]
+    """Question and table, without the lines that tell how to reply: that is part of the skill."""
+    found = worked_examples(kind, rows, seed, [3, 5], split, {})
+    return [{"prompt": table_of(one["prompt"]), "completion": one["completion"]} for one in found]
+
+
+def table_of(prompt: str) -> str:
+    question, *lines = prompt.splitlines()
+    return "\n".join([question, *(line for line in lines if "|" in line), ""])
 
 
 def fit(model, words, rows: list[dict], order: random.Random) -> None:
@@ -51,8 +53,9 @@ def fit(model, words, rows: list[dict], order: random.Random) -> None:
     for first in range(0, len(rows), BATCH):
         encoded = [encode(words, row, "row", LENGTH) for row in rows[first : first + BATCH]]
         inputs, labels = collate(encoded, words.pad_token_id or 0)
+        places, targets, _ = answer_places(labels)
         optimizer.zero_grad()
-        model(**inputs, labels=labels).loss.backward()
+        torch.nn.functional.cross_entropy(answer_logits(model, inputs, places).float(), targets).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
     model.eval()

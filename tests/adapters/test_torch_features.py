@@ -1,5 +1,6 @@
 """What torch wraps around a model: compile, autocast, activation checkpointing, two processes."""
 
+import json
 import os
 import subprocess
 import sys
@@ -8,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import get_peft_model
+from safetensors.torch import load_file
 
 from krontune.adapters import AdapterError, MokaConfig, load_base
 
@@ -129,14 +131,20 @@ def test_a_second_adapter_on_the_output_layer_is_refused_too(tiny, tokens):
         model.add_adapter("other", MokaConfig(target_modules=["q_proj", "lm_head"]))
 
 
-@pytest.mark.slow
-def test_two_processes_give_the_gradients_of_one():
-    """Under DDP and FSDP2 each process sees half of the batch; gradients, steps and gathered state are those of one."""
-    script = Path(__file__).parent / "two_processes.py"
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone", str(script)]
+def output_of(script, *arguments, processes=2):
+    """What a script beside this file prints, run alone or in several gloo processes."""
+    several = ["-m", "torch.distributed.run", f"--nproc-per-node={processes}", "--standalone"] if processes > 1 else []
+    command = [sys.executable, *several, str(Path(__file__).parent / script), *map(str, arguments)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     run = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
     assert run.returncode == 0, run.stdout + run.stderr
+    return run.stdout
+
+
+@pytest.mark.slow
+def test_two_processes_give_the_gradients_of_one():
+    """Under DDP and FSDP2 each process sees half of the batch; gradients, steps and gathered state are those of one."""
+    found = output_of("two_processes.py")
     said = (
         "ddp as",
         "fsdp2 as",
@@ -144,4 +152,25 @@ def test_two_processes_give_the_gradients_of_one():
         "ddp over cast parameters refused",
         "ddp after keep_float32 as",
     )
-    assert [run.stdout.count(words) for words in said] == [2] * 5
+    assert [found.count(words) for words in said] == [2] * 5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("dtype", "apart"), [("float32", 1e-3), ("bfloat16", 0.1)])
+def test_fsdp2_through_the_trainer_trains_as_one_process(tmp_path, dtype, apart):
+    def train(name, *checkpoint, processes=2):
+        printed = output_of("fsdp2_trainer.py", tmp_path / name, dtype, *checkpoint, processes=processes)
+        last = load_file(tmp_path / name / "checkpoint-6" / "adapter_model.safetensors")
+        return json.loads(printed.splitlines()[-1]), last
+
+    alone, expected = train("alone", processes=1)
+    sharded, saved = train("sharded")
+    assert alone["loss"][-1] != pytest.approx(alone["loss"][0], abs=apart)
+    for name in ("loss", "grad_norm"):
+        assert sharded[name] == pytest.approx(alone[name], abs=apart)
+    assert saved.keys() == expected.keys()
+    if dtype == "float32":
+        assert all(torch.allclose(saved[name], value, atol=1e-3) for name, value in expected.items())
+    resumed, again = train("sharded", tmp_path / "sharded" / "checkpoint-3")
+    assert resumed == sharded
+    assert all(torch.equal(saved[name], value) for name, value in again.items())
