@@ -22,7 +22,7 @@ from ..adapters.base import keep_trainable_layout
 from ..adapters.layer import MokaLayer
 from .per_sample import kron_gradient, linear_gradient, softmax_gradient
 from .projections import CountSketch, FactorProjection, Shape
-from .scores import answer_logits, answer_places
+from .scores import answer_logits, answer_places, token_scores_and_gradient
 from .texts import DataSelectionError
 
 Layers = Literal["last", "all"] | Sequence[int]
@@ -379,9 +379,9 @@ def _moka_record(
 
 @dataclass(eq=False)
 class Taken:
-    """What one batch gave: `logits` (A, V) without a graph, `vectors` (B, d or sketch size) and `norms` (B,)."""
+    """What one batch gave: `tokens`, its `token_scores` (A,); `vectors` (B, d or sketch size); `norms` (B,)."""
 
-    logits: torch.Tensor
+    tokens: dict[str, torch.Tensor]
     vectors: torch.Tensor
     norms: torch.Tensor
 
@@ -410,12 +410,12 @@ def take_gradients(
     sums = Sums(plan, projection, len(labels), labels.device)
     with torch.enable_grad(), tapped(sums):
         logits = answer_logits(model, inputs, places)
-        nll = nn.functional.cross_entropy(logits.float(), targets, reduction="none")
         weights = 1.0 / torch.bincount(owner, minlength=len(labels))[owner]
-        (nll * weights).sum().backward()
+        tokens, grad = token_scores_and_gradient(logits.detach(), targets, weights)
+        logits.backward(grad)
     if not torch.isfinite(sums.squares).all():
         rows = (~torch.isfinite(sums.squares)).nonzero()[:, 0].tolist()
         raise DataSelectionError(
             f"gradients of the rows {rows} of a batch are not finite; score in bfloat16 or float32"
         )
-    return Taken(logits.detach(), sums.vectors, sums.squares.sqrt())
+    return Taken(tokens, sums.vectors, sums.squares.sqrt())
