@@ -20,15 +20,12 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..adapters.base import keep_trainable_layout
 from ..adapters.layer import MokaLayer
-from .per_sample import kron_sides, linear_gradient, softmax_gradient
+from .per_sample import kron_gradient, linear_gradient, softmax_gradient
 from .projections import CountSketch, FactorProjection, Shape
-from .scores import answer_logits, answer_places
+from .scores import answer_logits, answer_places, token_scores_and_gradient
 from .texts import DataSelectionError
 
 Layers = Literal["last", "all"] | Sequence[int]
-# Takes the position of a parameter in the plan, and x (B, k or 1, T, n) and g (B, k or 1, T, m), both float32, whose
-# outer products over t add up to its gradients (B, k, m, n).
-Sink = Callable[[int, torch.Tensor, torch.Tensor], None]
 
 
 @dataclass(frozen=True, eq=False)
@@ -259,18 +256,72 @@ class _Tap(torch.autograd.Function):
         return grad_outputs[0], None, None, None
 
 
+class Sums:
+    """What the gradients of a batch are gathered in, one parameter at a time.
+
+    Args:
+        plan: the parameters.
+        projection: None to keep gradients whole.
+        samples: B.
+        device: of the sums.
+
+    Raises:
+        DataSelectionError: from the two methods, that a parameter comes twice.
+    """
+
+    def __init__(
+        self, plan: Plan, projection: CountSketch | FactorProjection | None, samples: int, device: torch.device
+    ) -> None:
+        self.plan, self.projection, self.starts = plan, projection, plan.starts
+        self.vectors = torch.zeros(samples, plan.size if projection is None else projection.size, device=device)
+        self.squares = torch.zeros(samples, device=device)
+        self.seen = set[int]()
+
+    def take(self, place: int, grads: torch.Tensor) -> None:
+        """The gradients (B, k, m, n) float32 of the parameter at a place of the plan."""
+        self._first_time(place)
+        self._add(place, grads.to(self.vectors.device))
+
+    def take_products(self, place: int, x: torch.Tensor, g: torch.Tensor) -> None:
+        """The gradients sum_t g_t x_t^T of a single matrix: x (B, T, n) and g (B, T, m), float32."""
+        self._first_time(place)
+        x, g = x.to(self.vectors.device), g.to(self.vectors.device)
+        if isinstance(self.projection, FactorProjection):
+            self.squares.add_(self.projection.put_products(self.vectors, place, x, g))
+        else:
+            self._add(place, linear_gradient(x, g)[:, None])
+
+    def _add(self, place: int, grads: torch.Tensor) -> None:
+        flat, start = grads.flatten(1), self.starts[place]
+        self.squares.add_(flat.square().sum(1))
+        if isinstance(self.projection, FactorProjection):
+            self.projection.put(self.vectors, place, grads)
+        elif self.projection is None:
+            self.vectors[:, start : start + flat.shape[1]] = flat
+        else:
+            self.projection.add(self.vectors, flat, start)
+
+    def _first_time(self, place: int) -> None:
+        if place in self.seen:
+            raise DataSelectionError(
+                f"{self.plan.names[place]} is used twice in one forward pass; leave out shared layers"
+            )
+        self.seen.add(place)
+
+
 @contextmanager
-def tapped(plan: Plan, samples: int, sink: Sink) -> Iterator[None]:
-    """Within the block, a backward pass gives `sink` the gradients of every parameter of the plan."""
+def tapped(sums: Sums) -> Iterator[None]:
+    """Within the block, a backward pass gives `sums` the gradients of every parameter of the plan."""
+    plan, samples = sums.plan, len(sums.squares)
     with ExitStack() as hooks:
         for module, places in plan.modules:
             if isinstance(module, MokaLayer):
-                record = _moka_record(module, places, plan.adapter, sink)
+                record = _moka_record(module, places, plan.adapter, sums)
                 hooks.callback(_tap(cast(nn.Module, module), samples, record).remove)
                 continue
             for part in ("lora_A", "lora_B"):
                 inner = cast(nn.Linear, getattr(module, part)[plan.adapter])
-                record = _linear_record(places[f"{part}.{plan.adapter}.weight"], sink)
+                record = _linear_record(places[f"{part}.{plan.adapter}.weight"], sums)
                 hooks.callback(_tap(inner, samples, record).remove)
         yield
 
@@ -289,41 +340,48 @@ def _tap(module: nn.Module, samples: int, record: Callable[[torch.Tensor, torch.
     return module.register_forward_hook(hook)
 
 
-def _linear_record(place: int, sink: Sink) -> Callable[[torch.Tensor, torch.Tensor], None]:
+def _linear_record(place: int, sums: Sums) -> Callable[[torch.Tensor, torch.Tensor], None]:
     def record(x: torch.Tensor, g: torch.Tensor) -> None:
-        sink(place, x.float()[:, None], g.float()[:, None])
+        sums.take_products(place, x.float(), g.float())
 
     return record
 
 
 def _moka_record(
-    module: MokaLayer, places: Mapping[str, int], adapter: str, sink: Sink
+    module: MokaLayer, places: Mapping[str, int], adapter: str, sums: Sums
 ) -> Callable[[torch.Tensor, torch.Tensor], None]:
+    """Of y = sum_i gate_i (A_i (x) B_i) x: dgate_i is <dA_i, A_i> and <dB_i, B_i>, before gate_i scales them."""
+
     def record(x: torch.Tensor, g: torch.Tensor) -> None:
         a, b = module.stacks(adapter)
         gates = module.mixture_weights(adapter)
-        of_gates, x, g = [], x.float(), g.float()
+        of_gates, x, g = dict[int, torch.Tensor](), x.float(), g.float()
         for i, (a_k, b_k, gate) in enumerate(zip(a, b, gates.split(module.moka_counts[adapter]), strict=True)):
-            of_a, of_b, of_gate = kron_sides(x, g, a_k.float(), b_k.float(), gate)
-            of_gates.append(of_gate)
-            for name, sides in ((f"moka_A.{adapter}.{i}", of_a), (f"moka_B.{adapter}.{i}", of_b)):
-                if name in places:
-                    sink(places[name], *sides)
+            inputs = x.unflatten(2, (a_k.shape[2], b_k.shape[2]))  # (B, T, n_a, n_b)
+            outputs = g.unflatten(2, (a_k.shape[1], b_k.shape[1]))  # (B, T, m_a, m_b)
+            for name, own, other, x_k, g_k in (
+                (f"moka_A.{adapter}.{i}", a_k, b_k, inputs, outputs),
+                (f"moka_B.{adapter}.{i}", b_k, a_k, inputs.mT, outputs.mT),
+            ):
+                if name in places:  # which one of the two is at least
+                    grads = kron_gradient(x_k, g_k, other.float())  # (B, k, m, n)
+                    of_gates[i] = (grads * own).sum((2, 3))
+                    sums.take(places[name], grads * gate[:, None, None])
         logits = f"moka_gate.{adapter}.logits"
         if logits in places:
             weights = module.moka_gate[adapter](g.device)
             scale = module.moka_scale[adapter] * module.moka_alpha[adapter]
-            of_logits = softmax_gradient(weights, torch.cat(of_gates, dim=1) * scale)
-            sink(places[logits], torch.ones_like(of_logits[:, :1, None, None]), of_logits[:, None, None])
+            of_logits = softmax_gradient(weights, torch.cat(list(of_gates.values()), dim=1) * scale)
+            sums.take(places[logits], of_logits[:, None, :, None])
 
     return record
 
 
 @dataclass(eq=False)
 class Taken:
-    """What one batch gave: `logits` (A, V) without a graph, `vectors` (B, d or sketch size) and `norms` (B,)."""
+    """What one batch gave: `tokens`, its `token_scores` (A,); `vectors` (B, d or sketch size); `norms` (B,)."""
 
-    logits: torch.Tensor
+    tokens: dict[str, torch.Tensor]
     vectors: torch.Tensor
     norms: torch.Tensor
 
@@ -349,34 +407,15 @@ def take_gradients(
         DataSelectionError: a gradient is not finite, or a layer is used twice.
     """
     places, targets, owner = answer_places(labels)
-    samples, starts = len(labels), plan.starts
-    vectors = torch.zeros(samples, plan.size if projection is None else projection.size, device=labels.device)
-    squares = torch.zeros(samples, device=labels.device)
-    seen = set[int]()
-
-    def sink(place: int, x: torch.Tensor, g: torch.Tensor) -> None:
-        if place in seen:
-            raise DataSelectionError(f"{plan.names[place]} is used twice in one forward pass; leave out shared layers")
-        seen.add(place)
-        x, g = x.to(vectors.device), g.to(vectors.device)
-        if isinstance(projection, FactorProjection):
-            squares.add_(projection.put(vectors, place, x, g))
-            return
-        grads = linear_gradient(x, g).flatten(1)
-        squares.add_(grads.square().sum(1))
-        if projection is None:
-            vectors[:, starts[place] : starts[place] + grads.shape[1]] = grads
-        else:
-            projection.add(vectors, grads, starts[place])
-
-    with torch.enable_grad(), tapped(plan, samples, sink):
+    sums = Sums(plan, projection, len(labels), labels.device)
+    with torch.enable_grad(), tapped(sums):
         logits = answer_logits(model, inputs, places)
-        nll = nn.functional.cross_entropy(logits.float(), targets, reduction="none")
-        weights = 1.0 / torch.bincount(owner, minlength=samples)[owner]
-        (nll * weights).sum().backward()
-    if not torch.isfinite(squares).all():
-        rows = (~torch.isfinite(squares)).nonzero()[:, 0].tolist()
+        weights = 1.0 / torch.bincount(owner, minlength=len(labels))[owner]
+        tokens, grad = token_scores_and_gradient(logits.detach(), targets, weights)
+        logits.backward(grad)
+    if not torch.isfinite(sums.squares).all():
+        rows = (~torch.isfinite(sums.squares)).nonzero()[:, 0].tolist()
         raise DataSelectionError(
             f"gradients of the rows {rows} of a batch are not finite; score in bfloat16 or float32"
         )
-    return Taken(logits.detach(), vectors, squares.sqrt())
+    return Taken(tokens, sums.vectors, sums.squares.sqrt())

@@ -134,14 +134,13 @@ class _Job:
         vectors = None
         if self.plan is None:
             with torch.no_grad():
-                logits = answer_logits(self.model, inputs, where)
+                tokens = token_scores(answer_logits(self.model, inputs, where), targets)
         else:
             taken = take_gradients(self.model, self.plan, inputs, labels, self.projector)
-            logits, vectors = taken.logits, self._stored(taken.vectors)
+            tokens, vectors = taken.tokens, self._stored(taken.vectors)
             norms = taken.norms.double().cpu().numpy()
             found[NORM] = np.where([row.answers > 0 for row in batch], norms, np.nan)
         with torch.no_grad():
-            tokens = token_scores(logits, targets)
             found |= {name: sample_means(values, owner, len(batch)) for name, values in tokens.items()}
             found["ppl"] = np.exp(found["nll"])
             found["grand"] = found.get(NORM, np.full(len(batch), np.nan))

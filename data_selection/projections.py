@@ -106,43 +106,53 @@ class FactorProjection:
             return None
         return (_signs(_hashes(count * side * length, start)) / side**0.5).view(count, side, length)
 
-    def put(self, vectors: torch.Tensor, place: int, x: torch.Tensor, g: torch.Tensor) -> torch.Tensor:
+    def put(self, vectors: torch.Tensor, place: int, grads: torch.Tensor) -> None:
         """Put the projection of one parameter's gradients at its place in `vectors` (B, size).
-
-        The gradient is formed only where that is less work than the norm would be without it.
 
         Args:
             vectors: changed in place.
             place: number of the parameter.
-            x: (B, k or 1, T, n) float32.
-            g: (B, k or 1, T, m) float32.
+            grads: (B, k, m, n) float32.
+        """
+        left, found = self.left[place], _times(grads, self.right[place])
+        self._fill(vectors, place, found if left is None else left @ found)
+
+    def put_products(self, vectors: torch.Tensor, place: int, x: torch.Tensor, g: torch.Tensor) -> torch.Tensor:
+        """`put` for the gradients sum_t g_t x_t^T of a single matrix, k = 1.
+
+        They are formed only where that is less work than their norm would be without it.
+
+        Args:
+            vectors: changed in place.
+            place: number of the parameter.
+            x: (B, T, n) float32.
+            g: (B, T, m) float32.
 
         Returns:
             (B,) the squared norms of the whole gradients.
         """
-        left, right = self.left[place], self.right[place]
-        tokens, n, m = x.shape[2], x.shape[3], g.shape[3]
-        if tokens * (m + n) < m * n:
-            squares = squared_norms(x, g)
-            found = linear_gradient(_times(x, right), _times(g, left))
-        else:
+        tokens, n, m = *x.shape[1:], g.shape[2]
+        if tokens * (m + n) >= m * n:
             whole = linear_gradient(x, g)
-            squares = whole.square().sum((1, 2, 3))
-            found = _times(whole, right)
-            found = found if left is None else left @ found
+            self.put(vectors, place, whole[:, None])
+            return whole.square().sum((1, 2))
+        left, right = ((None if held is None else held[0]) for held in (self.left[place], self.right[place]))
+        self._fill(vectors, place, linear_gradient(_times(x, right), _times(g, left)))
+        return squared_norms(x, g)
+
+    def _fill(self, vectors: torch.Tensor, place: int, found: torch.Tensor) -> None:
         start = self.starts[place]
         vectors[:, start : start + found[0].numel()] = found.flatten(1)
-        return squares
 
 
 def squared_norms(x: torch.Tensor, g: torch.Tensor) -> torch.Tensor:
     """(B,) of sum_t g_t x_t^T, from the inner products of tokens alone: sum_{ts} (x_t . x_s) (g_t . g_s).
 
     Args:
-        x: (B, k or 1, T, n).
-        g: (B, k or 1, T, m).
+        x: (B, T, n).
+        g: (B, T, m).
     """
-    return ((x @ x.mT) * (g @ g.mT)).sum((1, 2, 3)).clamp(min=0)
+    return ((x @ x.mT) * (g @ g.mT)).sum((1, 2)).clamp(min=0)
 
 
 def projector(

@@ -18,8 +18,9 @@ from numpy.typing import NDArray
 from .encoding import IGNORED
 from .texts import DataSelectionError
 
-# A softmax over the vocabulary is taken for so many tokens at a time.
-TOKENS_AT_ONCE = 1024
+# Numbers of logits that a softmax is taken of at a time. On a CPU what is made of them stays in the cache, which is
+# four to seven times as fast as from memory; elsewhere the number only bounds the memory.
+CPU_NUMBERS, NUMBERS = 2**19, 2**27
 
 
 def token_scores(logits: torch.Tensor, targets: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -32,19 +33,47 @@ def token_scores(logits: torch.Tensor, targets: torch.Tensor) -> dict[str, torch
     Returns:
         (A,) float32 each: `nll`, -log p(y); `el2n`, the Euclidean norm of p minus the one-hot y; `entropy`, that of p.
     """
-    parts = [_token_scores(*part) for part in zip(*(t.split(TOKENS_AT_ONCE) for t in (logits, targets)), strict=True)]
-    if not parts:
-        return {name: logits.new_empty(0, dtype=torch.float32) for name in ("nll", "el2n", "entropy")}
+    size = _rows_at_once(logits)
+    parts = [_token_scores(*part)[0] for part in zip(logits.split(size), targets.split(size), strict=True)]
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
-def _token_scores(logits: torch.Tensor, targets: torch.Tensor) -> dict[str, torch.Tensor]:
+def token_scores_and_gradient(
+    logits: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor
+) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """`token_scores`, and the gradient of sum_a weight_a nll_a, in one pass over the vocabulary.
+
+    With respect to the logits of a token it is weight (p - e_y), whose norm EL2N asks for.
+
+    Args:
+        logits: (A, V), as given to `token_scores`.
+        targets: (A,) int64.
+        weights: (A,).
+
+    Returns:
+        The scores, and the gradient (A, V) in the dtype of the logits.
+    """
+    size, grad, parts = _rows_at_once(logits), torch.empty_like(logits), []
+    for part, target, weight, into in zip(*(t.split(size) for t in (logits, targets, weights, grad)), strict=True):
+        scores, error = _token_scores(part, target)
+        into.copy_(error.mul_(weight[:, None]))
+        parts.append(scores)
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}, grad
+
+
+def _rows_at_once(logits: torch.Tensor) -> int:
+    return max(1, (CPU_NUMBERS if logits.device.type == "cpu" else NUMBERS) // logits.shape[1])
+
+
+def _token_scores(logits: torch.Tensor, targets: torch.Tensor) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """The scores of some tokens, and p minus the one-hot (A, V) in float32."""
     log_p = torch.log_softmax(logits.float(), dim=-1)
     p = log_p.exp()
-    entropy = torch.special.entr(p).sum(-1)
     nll = -log_p.gather(1, targets[:, None])[:, 0]
+    # A token that cannot come has p = 0 and log p = -inf, and adds 0.
+    entropy = -log_p.clamp_(min=torch.finfo(log_p.dtype).min).mul_(p).sum(-1)
     p.scatter_add_(1, targets[:, None], torch.full_like(p[:, :1], -1.0))  # p minus the one-hot, without a one-hot
-    return {"nll": nll, "el2n": p.norm(dim=-1), "entropy": entropy}
+    return {"nll": nll, "el2n": p.norm(dim=-1), "entropy": entropy}, p
 
 
 def sample_means(values: torch.Tensor, owner: torch.Tensor, samples: int) -> NDArray[np.float64]:

@@ -4,11 +4,12 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from torch.utils.flop_counter import FlopCounterMode
 
 from krontune.adapters import MokaConfig, load_base
 from krontune.data_selection import DataSelectionError
 from krontune.data_selection.gradients import plan_gradients, scoring_mode, take_gradients
-from krontune.data_selection.per_sample import kron_sides, linear_gradient
+from krontune.data_selection.per_sample import kron_gradient
 from krontune.data_selection.projections import (
     CountSketch,
     Factorised,
@@ -179,21 +180,32 @@ def test_a_row_without_answer_has_no_gradient():
     assert taken.norms[1] == 0 and not taken.vectors[1].any() and taken.norms[0] > 0
 
 
-@pytest.mark.parametrize(("k", "m_a", "n_a", "m_b", "n_b"), [(1, 2, 3, 5, 7), (3, 4, 1, 2, 6), (2, 1, 5, 3, 1)])
+KRONECKER_SHAPES = [(1, 2, 3, 5, 7), (3, 4, 1, 2, 6), (2, 1, 5, 3, 1), (2, 16, 2, 2, 16), (2, 2, 16, 16, 2)]
+
+
+@pytest.mark.parametrize(("k", "m_a", "n_a", "m_b", "n_b"), KRONECKER_SHAPES)
 def test_kronecker_gradients_equal_autograd_of_the_dense_matrix(k, m_a, n_a, m_b, n_b):
     torch.manual_seed(0)
-    x = torch.randn(3, 4, n_a * n_b, dtype=torch.float64)
-    g = torch.randn(3, 4, m_a * m_b, dtype=torch.float64)
+    x = torch.randn(3, 4, n_a, n_b, dtype=torch.float64)
+    g = torch.randn(3, 4, m_a, m_b, dtype=torch.float64)
     a, b = torch.randn(k, m_a, n_a, dtype=torch.float64), torch.randn(k, m_b, n_b, dtype=torch.float64)
-    gate = torch.randn(k, dtype=torch.float64)
-    of_a, of_b, of_gate = kron_sides(x, g, a, b, gate)
-    found = linear_gradient(*of_a), linear_gradient(*of_b), of_gate
+    of_a, of_b = kron_gradient(x, g, b), kron_gradient(x.mT, g.mT, a)
     for s in range(3):
-        leaves = [tensor.clone().requires_grad_() for tensor in (a, b, gate)]
-        dense = sum(leaves[2][i] * torch.kron(leaves[0][i], leaves[1][i]) for i in range(k))
-        expected = torch.autograd.grad(((x[s] @ dense.T) * g[s]).sum(), leaves)
-        for one, other in zip(found, expected, strict=True):
-            torch.testing.assert_close(one[s], other)
+        leaves = [tensor.clone().requires_grad_() for tensor in (a, b)]
+        dense = sum(torch.kron(leaves[0][i], leaves[1][i]) for i in range(k))
+        expected = torch.autograd.grad(((x[s].flatten(1) @ dense.T) * g[s].flatten(1)).sum(), leaves)
+        torch.testing.assert_close(of_a[s], expected[0])
+        torch.testing.assert_close(of_b[s], expected[1])
+
+
+@pytest.mark.parametrize(("k", "m_a", "n_a", "m_b", "n_b"), KRONECKER_SHAPES)
+def test_kronecker_gradients_take_the_cheaper_order_and_no_other_product(k, m_a, n_a, m_b, n_b):
+    x, g, b = torch.ones(3, 4, n_a, n_b), torch.ones(3, 4, m_a, m_b), torch.ones(k, m_b, n_b)
+    with FlopCounterMode(display=False) as counter:
+        kron_gradient(x, g, b)
+    b_after_g = m_a * m_b * n_b + m_a * n_b * n_a  # (G B) X^T
+    b_after_x = m_b * n_b * n_a + m_a * m_b * n_a  # G (B X^T)
+    assert counter.get_total_flops() == 2 * 3 * 4 * k * min(b_after_g, b_after_x)
 
 
 def test_the_sketch_is_the_seeded_linear_map_that_it_says():
@@ -259,18 +271,29 @@ def test_factorised_vectors_are_the_projection_of_exact_gradients(adapter, side=
 
 
 @pytest.mark.parametrize("tokens", [2, 40])  # fewer numbers than the gradient has, and more
-@pytest.mark.parametrize(("blocks_x", "blocks_g"), [(1, 1), (1, 3), (3, 1), (3, 3)])
-def test_a_gradient_is_projected_alike_whether_it_is_formed_or_not(tokens, blocks_x, blocks_g):
+def test_a_gradient_is_projected_alike_whether_it_is_formed_or_not(tokens):
     torch.manual_seed(0)
-    k, m, n = max(blocks_x, blocks_g), 20, 31
-    x, g = torch.randn(2, blocks_x, tokens, n), torch.randn(2, blocks_g, tokens, m)
-    projection = FactorProjection([(k, m, n)], 8, 1, torch.device("cpu"))
+    x, g = torch.randn(2, tokens, 31), torch.randn(2, tokens, 20)
+    projection = FactorProjection([(1, 20, 31)], 8, 1, torch.device("cpu"))
+    found, formed = torch.zeros(2, projection.size), torch.zeros(2, projection.size)
+    squares = projection.put_products(found, 0, x, g)
+    whole = torch.einsum("btm,btn->bmn", g, x)
+    projection.put(formed, 0, whole[:, None])
+    torch.testing.assert_close(found, naive_projection([(1, 20, 31)], projection, whole.flatten(1)))
+    torch.testing.assert_close(found, formed, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(squares, whole.square().sum((1, 2)))
+    torch.testing.assert_close(squared_norms(x, g), whole.square().sum((1, 2)))
+
+
+@pytest.mark.parametrize(("m", "n"), [(20, 31), (5, 31), (20, 5), (5, 5)])  # shorter than the side, and longer
+def test_the_gradients_of_several_matrices_are_each_projected(m, n):
+    grads = torch.randn(2, 3, m, n, generator=torch.Generator().manual_seed(0))
+    projection = FactorProjection([(2, 4, 4), (3, m, n)], 8, 1, torch.device("cpu"))
     found = torch.zeros(2, projection.size)
-    squares = projection.put(found, 0, x, g)
-    whole = torch.einsum("bktm,bktn->bkmn", g.expand(2, k, tokens, m), x.expand(2, k, tokens, n)).flatten(1)
-    torch.testing.assert_close(found, naive_projection([(k, m, n)], projection, whole), rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(squares, whole.square().sum(1))
-    torch.testing.assert_close(squared_norms(x, g), whole.square().sum(1))
+    projection.put(found, 1, grads)
+    others = torch.zeros(2, 2 * 4 * 4)
+    expected = naive_projection([(2, 4, 4), (3, m, n)], projection, torch.cat([others, grads.flatten(1)], dim=1))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("adapter", ["lora", "moka"])
@@ -285,10 +308,9 @@ def test_inner_products_of_factorised_vectors_are_those_of_exact_gradients_on_av
     for seed in range(200):
         projection = projector(Factorised(3), [plan.shapes[i] for i in own], seed, torch.device("cpu"))
         vectors, start = torch.zeros(4, projection.size), 0
-        for place, (k, m, n) in enumerate(plan.shapes[i] for i in own):  # each gradient as m tokens, one a row
-            rows = exact[:, start : start + k * m * n].view(4, k, m, n)
+        for place, (k, m, n) in enumerate(plan.shapes[i] for i in own):
+            projection.put(vectors, place, exact[:, start : start + k * m * n].view(4, k, m, n))
             start += k * m * n
-            projection.put(vectors, place, rows, torch.eye(m).expand(4, 1, m, m))
         found.append(vectors @ vectors.T)
     products = torch.stack(found)
     errors = products.mean(0) - exact @ exact.T

@@ -4,9 +4,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from krontune.data_selection import DataSelectionError
+from krontune.data_selection import DataSelectionError, scores
 from krontune.data_selection.encoding import Encoded, collate, encode, without_images
-from krontune.data_selection.scores import MemberMeans, answer_logits, answer_places, sample_means, token_scores
+from krontune.data_selection.scores import (
+    MemberMeans,
+    answer_logits,
+    answer_places,
+    sample_means,
+    token_scores,
+    token_scores_and_gradient,
+)
 
 specification = importlib.util.spec_from_file_location("tiny_adapters", Path(__file__).parent / "tiny_adapters.py")
 tiny = importlib.util.module_from_spec(specification)
@@ -90,6 +97,24 @@ def test_extreme_logits_give_finite_scores():
     assert all(torch.isfinite(values).all() for values in found.values())
     assert found["nll"][0] == 0 and found["el2n"][0] == 0 and found["entropy"][0] == 0
     assert found["entropy"][1] == pytest.approx(torch.log(torch.tensor(3.0)).item())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("tokens", [0, 1, 7])
+def test_the_gradient_at_the_logits_is_autograds_in_pieces_of_any_size(tokens, dtype, monkeypatch):
+    torch.manual_seed(0)
+    logits = (torch.randn(tokens, 11) * 3).to(dtype).requires_grad_()
+    targets, weights = torch.randint(0, 11, (tokens,)), torch.rand(tokens)
+    nll = torch.nn.functional.cross_entropy(logits.float(), targets, reduction="none")
+    (expected,) = torch.autograd.grad((nll * weights).sum(), logits)
+    whole = token_scores(logits.detach(), targets)
+    monkeypatch.setattr(scores, "CPU_NUMBERS", 25)  # two tokens at a time
+    found, gradient = token_scores_and_gradient(logits.detach(), targets, weights)
+    assert gradient.dtype == dtype
+    torch.testing.assert_close(gradient, expected)
+    torch.testing.assert_close(found["nll"], nll.detach())
+    torch.testing.assert_close(found, whole)
+    torch.testing.assert_close(token_scores(logits.detach(), targets), whole)
 
 
 def test_running_means_equal_all_pairs_of_members():
