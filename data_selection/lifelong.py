@@ -25,7 +25,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from .adapt_inf import AdaptInf
+from .adapt_inf import AdaptInf, balanced_control, usable_rows
 from .files import write_atomic
 from .identity import data_identity
 from .selection import MAX_SEED, Selection, checked_int, top_k, uniform_noise
@@ -254,9 +254,8 @@ def _pick(
         return Selection.load(folder)
     if policy in ("adapt_inf", "balanced"):
         if policy == "balanced":
-            method = dataclasses.replace(method, selector="random", legacy=False)
-        usable = int((scored.store.norms > 0).sum())
-        picked = method.select(scored.store, budget=min(budget, usable), seed=seed)
+            method = balanced_control(method)
+        picked = method.select(scored.store, budget=min(budget, len(usable_rows(scored.store))), seed=seed)
     else:
         first = rows - new if policy == "sequential" else 0
         count = rows if policy == "full" else min(budget, rows - first)

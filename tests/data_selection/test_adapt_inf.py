@@ -148,6 +148,31 @@ def test_rows_without_answer_are_never_picked(tmp_path):
         AdaptInf().select(store, budget=100)
 
 
+def test_rows_whose_score_is_not_finite_are_left_out_and_counted_apart(tmp_path):
+    vectors, _ = planted([50, 50])
+    ppl = np.random.default_rng(0).lognormal(size=100)
+    vectors[7], ppl[7], ppl[3], ppl[4] = 0, np.nan, np.inf, np.nan
+    store = store_of(tmp_path, vectors, ppl=ppl)
+    picked = AdaptInf().select(store, budget=97)
+    assert not {3, 4, 7} & set(picked.indices.tolist()) and len(picked) == 97
+    assert picked.details["left_out"] == {"no_answer": 1, "not_finite": 2}
+    with pytest.raises(DataSelectionError, match="from 1 to 97; the store has 97 rows with an answer and finite"):
+        AdaptInf().select(store, budget=98)
+
+
+def test_constant_scores_and_copies_alone_are_picked_from(tmp_path):
+    store = store_of(tmp_path, np.ones((30, 8), np.float32), nll=np.full(30, 2.0), el2n=np.zeros(30))
+    for options in ({}, {"selector": "mixed"}, {"shares": "spread"}, {"shares": "density"}, {"legacy": True}):
+        picked = AdaptInf(**options).select(store, budget=7)
+        assert len(picked) == 7 and len(set(picked.indices.tolist())) == 7, options
+    assert len(AdaptInf().prune(store, keep=1)) == 1
+
+
+def test_one_score_may_be_given_by_its_name_alone(tmp_path):
+    store = store_of(tmp_path, planted([30, 20])[0], nll=np.arange(50.0), el2n=np.arange(50.0) ** 2)
+    assert AdaptInf(scores="el2n").select(store, budget=9) == AdaptInf(scores=["el2n"]).select(store, budget=9)
+
+
 def with_copies(seed=0):
     vectors, _ = planted([60, 40], noise=0.5)
     copies = vectors[:20] * 2.0  # the same directions
@@ -215,7 +240,9 @@ def test_legacy_takes_the_score_of_the_smaller_unit(tmp_path):
         ({"bins": 1}, "bins=1"),
         ({"trim": 0.5}, "trim=0.5"),
         ({"min_cluster": 0}, "min_cluster=0"),
+        ({"trim": "5 %"}, "trim='5 %'"),
         ({"legacy": True, "selector": "nll"}, "legacy=True"),
+        ({"legacy": True, "trim": 0.2, "min_cluster": 3}, "legacy=True .* trim=0.2, min_cluster=3"),
         ({"selector": "perplexity"}, "'perplexity'.*has the scores"),
         ({"scores": ["grand"]}, "'grand'.*has the scores"),
         ({"shares": "spread"}, "'el2n', which the store lacks"),
