@@ -27,7 +27,7 @@ from ..data_selection.projections import Factorised
 from ..data_selection.selection import top_k, uniform_noise, write_atomic
 from ..rl.labelled_head import score_labelled_only
 from .links import own_sources
-from .pictures import as_paths, is_processor, picture_training
+from .pictures import as_paths, is_processor, located, picture_training
 from .pool import (
     INPUTS,
     POOL,
@@ -242,7 +242,7 @@ def _prepare(recipe: Recipe, step: Step, skills: Sequence[Skill], folder: Path, 
     facts, first = {}, list[Row]()
     for number, skill in enumerate(skills):
         files = as_files(skill.raw, folder / POOL / f"raw-{number}")
-        rows = [{**row, "skill": skill.name} for row in _checked_rows(files)]
+        rows = [as_paths({**row, "skill": skill.name}, folder / POOL) for row in _checked_rows(files)]
         if skill.test is None:
             if len(rows) <= stage.held_out:
                 raise RunError(
@@ -281,5 +281,5 @@ def prepared(stage: AdaptInfSelect, folder: Path) -> tuple[dict[str, list[Row]],
     for skill in stage.datasets or []:
         for part, name in zip(found, (f"{skill.name}.jsonl", f"{skill.name}.test.jsonl"), strict=True):
             with (folder / DATASETS / name).open(encoding="utf-8") as file:
-                part[skill.name] = [json.loads(line) for line in file]
+                part[skill.name] = [located(json.loads(line), folder / DATASETS) for line in file]
     return found
