@@ -165,7 +165,7 @@ class AdaptInf:
         if self.shares == "spread" and "el2n" not in found:
             raise DataSelectionError("shares='spread' weighs clusters by the score 'el2n', which the store lacks")
         missing = [name for name in wanted if name not in found]
-        if missing or not wanted:
+        if missing or not wanted and self.selector != "random":
             raise DataSelectionError(
                 f"{missing or 'no score'} asked for, and the store has the scores {list(found)}; name some of them, or "
                 "as selector 'entropy', 'mixed' or 'random'"

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from .encoding import images_of
 from .texts import DataSelectionError, is_dataset
 
 # Numbers of each weight of the base that are looked at; all of a 7 B model would take minutes.
@@ -80,13 +81,18 @@ def template_identity(tokenizer: Any) -> str:
 
 
 def data_identity(rows: Any) -> str:
-    """A hash of a pool: of a Dataset its fingerprint, of a list its rows."""
+    """A hash of a pool: of a Dataset its fingerprint, of a list its rows, and of images that they name by path the
+    sizes of the files, since to read them all would take long."""
     digest = hashlib.sha256()
     if is_dataset(rows):
         digest.update(f"{rows._fingerprint}\0{len(rows)}".encode())
     else:
         for row in rows:
             digest.update(json.dumps(row, sort_keys=True, default=_plain).encode() + b"\n")
+            for image in images_of(row) if isinstance(row, Mapping) else ():
+                path = image.get("path") if isinstance(image, Mapping) and not image.get("bytes") else image
+                if isinstance(path, (str, os.PathLike)) and os.path.isfile(path):
+                    digest.update(f"{os.path.getsize(path)}\n".encode())
     return digest.hexdigest()[:16]
 
 

@@ -154,9 +154,13 @@ def _rewards(reward: Reward, row: Any, answers: Sequence[Encoded], tokenizer: An
     found = []
     for answer in answers:
         text = tokenizer.decode(answer.input_ids[answer.labels != IGNORED], skip_special_tokens=True)
-        value = float(reward(row, text))
+        said = reward(row, text)
+        try:
+            value = float(said)
+        except (TypeError, ValueError):
+            value = float("nan")
         if not np.isfinite(value):
-            raise DataSelectionError(f"{where}: the reward of {text!r:.80} is {value}; give a finite number")
+            raise DataSelectionError(f"{where}: the reward of {text!r:.80} is {said!r:.40}; give a finite number")
         found.append(value)
     return np.array(found)
 

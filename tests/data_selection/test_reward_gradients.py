@@ -108,6 +108,8 @@ def test_a_store_is_completed_and_one_of_another_reward_refused(tmp_path):
     assert not even.vectors.any() and whole.complete
     with pytest.raises(DataSelectionError, match="is nan; give a finite number"):
         reward_gradients(model, WORDS, PROMPTS, lambda r, t: float("nan"), name="x", out_dir=tmp_path / "d", **settings)
+    with pytest.raises(DataSelectionError, match="row 0: the reward of .* is 'good'; give a finite number"):
+        reward_gradients(model, WORDS, PROMPTS, lambda r, t: "good", name="x", out_dir=tmp_path / "g", **settings)
     with pytest.raises(DataSelectionError, match="no 'prompt'"):
         reward_gradients(model, WORDS, [{"text": "a"}], odd, name="x", out_dir=tmp_path / "e", **settings)
     with pytest.raises(DataSelectionError, match="samples=1"):
