@@ -55,7 +55,8 @@ def reward_gradients(
         model: a `peft.PeftModel`, LoRA or MoKA, whose adapter is no fresh one.
         tokenizer: its tokenizer.
         prompts: rows with `prompt`, a string or a list of messages; what else they hold is the reward's business.
-        reward: takes a row and the text of an answer, and gives a number.
+        reward: takes a row and the text of an answer, and gives a number; `of_trl` makes one of a reward function of
+            TRL, such as a verifier of `krontune.rl`.
         name: of the reward, by which a store of another one is refused.
         out_dir: the folder of the store.
         samples: answers drawn for a prompt, at temperature 1 from the whole vocabulary, as the formula asks; 2 or more.
@@ -110,6 +111,17 @@ def reward_gradients(
         torch.distributed.barrier()
     store.finish()
     return store
+
+
+def of_trl(function: Callable[..., Sequence[float | None]]) -> Reward:
+    """A reward function of TRL, which takes lists of prompts, completions and columns, as one of a row and a text."""
+
+    def reward(row: Mapping[str, Any], text: str) -> Any:
+        columns = {name: [value] for name, value in row.items() if name != "prompt"}
+        [paid] = function(prompts=[row["prompt"]], completions=[text], **columns)
+        return paid
+
+    return reward
 
 
 def advantages(rewards: np.ndarray) -> np.ndarray:

@@ -136,6 +136,22 @@ def test_spread_gives_more_to_the_cluster_whose_el2n_varies(tmp_path):
     assert (skills[picked.indices] == 1).sum() == pytest.approx(75, abs=3)
 
 
+def test_density_weighs_a_cluster_by_its_distance_to_the_next_times_the_distances_within(tmp_path):
+    rng = np.random.default_rng(0)
+    angles = np.concatenate([rng.normal(0.0, 0.05, 200), rng.normal(0.6, 0.15, 200), rng.normal(2.5, 0.1, 200)])
+    vectors = np.stack([np.cos(angles), np.sin(angles)], axis=1).astype(np.float32)
+    picked = AdaptInf(clusters=3, shares="density").select(store_of(tmp_path, vectors), budget=90)
+    labels = cluster(unit_rows(vectors), 3, 0, 3).labels
+    centres = [vectors[labels == i].sum(0) / np.linalg.norm(vectors[labels == i].sum(0)) for i in range(3)]
+    weights = []
+    for i in range(3):
+        between = min(1 - centres[i] @ centres[j] for j in range(3) if j != i)
+        weights.append(between * np.mean([1 - v @ centres[i] for v in vectors[labels == i]]))
+    expected = 90 * np.array(weights) / sum(weights)
+    shares = [one["share"] for one in picked.details["clusters"]]
+    assert shares == pytest.approx(expected, abs=1) and max(shares) > 2 * min(shares)
+
+
 def test_rows_without_answer_are_never_picked(tmp_path):
     vectors, _ = planted([50, 50])
     nll = np.random.default_rng(0).normal(size=100)
