@@ -11,7 +11,7 @@ differs from the published code. `legacy=True` does as that code does.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -52,7 +52,7 @@ class AdaptInf:
         clusters: how many skills to look for, or "auto": the knee of the sum of squared distances.
         selector: "entropy" (per cluster the score of highest histogram entropy), "mixed" (the mean rank over all
             scores), "random" (the balanced random control: same clusters and shares, no score), or the name of a score.
-        scores: the scores of the store to choose among; None for all.
+        scores: the scores of the store to choose among, or one; None for all.
         shares: of the budget a cluster gets: "equal", "spread" (in proportion to the standard deviation of the score
             "el2n" in the cluster), or "density" (to the distance between clusters times that within).
         bins: of the histograms and of the strata.
@@ -60,7 +60,7 @@ class AdaptInf:
         min_cluster: clusters of fewer rows are merged into the nearest; None for one in 200 rows, at most 50.
         legacy: do as the published code does: mini-batch k-means of 10 clusters, histogram bins that depend on the
             score's unit, shares rounded up, the hardest stratum first, pruning that depends on the order of the rows.
-            Only `clusters`, `scores` and `bins` have a meaning then.
+            Only `clusters`, `scores` and `bins` have a meaning then, and the other options are left as they come.
 
     Raises:
         DataSelectionError: a value is not as above.
@@ -68,7 +68,7 @@ class AdaptInf:
 
     clusters: int | Literal["auto"] = "auto"
     selector: str = "entropy"
-    scores: Sequence[str] | None = None
+    scores: Sequence[str] | str | None = None
     shares: Shares = "equal"
     bins: int = BINS
     trim: float = TRIM
@@ -81,18 +81,24 @@ class AdaptInf:
         if self.shares not in SHARES:
             raise DataSelectionError(f"shares={self.shares!r}: must be one of {', '.join(SHARES)}")
         checked_int(self.bins, "bins", 2, 2**20, f"{BINS} is the paper's")
-        if not 0 <= self.trim < 0.5:
+        if not isinstance(self.trim, (int, float)) or not 0 <= self.trim < 0.5:
             raise DataSelectionError(f"trim={self.trim!r}: must be from 0 to below 0.5; it is cut at each end")
         if self.min_cluster is not None:
             checked_int(self.min_cluster, "min_cluster", 1, 2**31, "1 merges nothing")
-        if self.legacy and (self.selector, self.shares) != ("entropy", "equal"):
-            raise DataSelectionError("legacy=True is the published choice: selector='entropy' and shares='equal'")
+        if self.legacy:
+            fixed = {"selector": "entropy", "shares": "equal", "trim": TRIM, "min_cluster": None}
+            other = [f"{name}={getattr(self, name)!r}" for name, value in fixed.items() if getattr(self, name) != value]
+            if other:
+                raise DataSelectionError(
+                    f"legacy=True is the published choice, to which {', '.join(other)} does not belong; leave it out"
+                )
 
     def select(self, store: Store, *, budget: int, seed: int = 0) -> Selection:
         """Pick `budget` rows of a complete store.
 
-        Rows without an answer token are never picked. Each pick's reason: `cluster`, `selector`, `score` (the value it
-        was picked by) and `bin` (its stratum). `details` of the selection: rows, share and selector of every cluster.
+        Rows without an answer token, or with a score that is not finite, are never picked. Each pick's reason:
+        `cluster`, `selector`, `score` (the value it was picked by) and `bin` (its stratum). `details` of the selection:
+        rows, share and selector of every cluster, and how many rows were left out.
 
         Raises:
             DataSelectionError: the store is incomplete or has no vectors, lacks a score, or has fewer rows than asked.
@@ -100,7 +106,7 @@ class AdaptInf:
         checked_int(seed, "seed", 0, MAX_SEED, "any such number does")
         columns = self._columns(store)
         pool = self._pool(store, seed)
-        advice = f"the store has {len(pool.rows)} rows with an answer"
+        advice = f"the store has {len(pool.rows)} rows with an answer and finite scores"
         checked_int(budget, "budget", 1, len(pool.rows), advice)
         scores = {name: values[pool.rows] for name, values in columns.items()}
         members = _members(pool.clusters)
@@ -127,7 +133,7 @@ class AdaptInf:
         stays, and which rows stay does not depend on how the pool is ordered. (The published code compares with the
         rows above in the file.) Clusters share `keep` equally, what a small one cannot use going to the others.
 
-        Rows without an answer token never stay. Reasons: `cluster` and `cosine`, the likeness; -1 for the first.
+        Rows that `select` never picks do not stay. Reasons: `cluster` and `cosine`, the likeness; -1 for the first.
 
         Raises:
             DataSelectionError: as of `select`; a `keep` above the number of rows keeps them all.
@@ -153,13 +159,13 @@ class AdaptInf:
 
     def _columns(self, store: Store) -> dict[str, NDArray[np.float64]]:
         found = store.scores
-        wanted = list(found if self.scores is None else self.scores)
+        wanted = [self.scores] if isinstance(self.scores, str) else list(found if self.scores is None else self.scores)
         if self.selector not in ("entropy", "mixed", "random"):
             wanted = [self.selector]
         if self.shares == "spread" and "el2n" not in found:
             raise DataSelectionError("shares='spread' weighs clusters by the score 'el2n', which the store lacks")
         missing = [name for name in wanted if name not in found]
-        if missing or not wanted:
+        if missing or not wanted and self.selector != "random":
             raise DataSelectionError(
                 f"{missing or 'no score'} asked for, and the store has the scores {list(found)}; name some of them, or "
                 "as selector 'entropy', 'mixed' or 'random'"
@@ -167,14 +173,12 @@ class AdaptInf:
         return {name: found[name] for name in wanted}
 
     def _pool(self, store: Store, seed: int) -> _Pool:
-        units = unit_rows(store.vectors)
-        usable = units.any(axis=1)
-        for values in store.scores.values():
-            usable &= np.isfinite(values)
-        rows = np.flatnonzero(usable)
+        rows = usable_rows(store)
         if not len(rows):
-            raise DataSelectionError("no row of the store has an answer token; there is nothing to pick from")
-        units = units if len(rows) == len(units) else units[rows]
+            raise DataSelectionError(
+                "no row of the store has an answer token and finite scores; there is nothing to pick from"
+            )
+        units = unit_rows(store.vectors if len(rows) == len(store) else store.vectors[rows])
         if self.legacy:
             k = published.CLUSTERS if self.clusters == "auto" else self.clusters
             return _Pool(rows, units, published.cluster(units, min(k, len(units)), seed))
@@ -214,11 +218,32 @@ class AdaptInf:
         self, picks: list[tuple[int, dict[str, Any]]], store: Store, pool: _Pool, seed: int, method: str, details: Any
     ) -> Selection:
         picks.sort(key=lambda pick: pick[0])
-        details = {**details, "legacy": self.legacy, "left_out": {"no_answer": len(store) - len(pool.rows)}}
+        left_out = {"no_answer": int((~answered_rows(store)).sum())}
+        if strange := len(store) - len(pool.rows) - left_out["no_answer"]:
+            left_out["not_finite"] = strange
+        details = {**details, "legacy": self.legacy, "left_out": left_out}
         if pool.clusters.curve:
             details["squared_distances"] = {str(k): total for k, total in pool.clusters.curve.items()}
         indices = np.array([row for row, _ in picks], np.int64)
         return Selection(indices, [reason for _, reason in picks], len(store), seed, method, details=details)
+
+
+def balanced_control(method: AdaptInf) -> AdaptInf:
+    """The random control with a method's clusters and shares."""
+    return replace(method, selector="random", legacy=False)
+
+
+def usable_rows(store: Store) -> NDArray[np.int64]:
+    """The numbers of the rows that can be picked: those with an answer, all of whose scores are finite."""
+    usable = answered_rows(store)
+    for values in store.scores.values():
+        usable &= np.isfinite(values)
+    return np.flatnonzero(usable)
+
+
+def answered_rows(store: Store) -> NDArray[np.bool_]:
+    """(N,) whether a row has an answer token, and with it a gradient."""
+    return store.norms > 0  # NaN, and so false, where there is none
 
 
 def _members(clusters: Clusters) -> list[NDArray[np.int64]]:

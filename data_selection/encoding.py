@@ -86,7 +86,7 @@ def encode(tokenizer: Any, row: Any, where: str, max_length: int | None = None) 
     if not isinstance(row, Mapping):
         raise DataSelectionError(f"{where}: {row!r} is a {type(row).__name__}; give strings or rows (mappings)")
     if row.get("input_ids") is not None:
-        encoded = _ready_made(row, where)
+        encoded = _ready_made(row, where, len(getattr(tokenizer, "tokenizer", tokenizer)))
     else:
         encoded = _from_text(tokenizer, row, where)
     if max_length is None or len(encoded) <= max_length:
@@ -186,10 +186,15 @@ def _padded(values: torch.Tensor, length: int, filler: int) -> torch.Tensor:
     return torch.nn.functional.pad(values, (0, length - len(values)), value=filler)
 
 
-def _ready_made(row: Mapping[str, Any], where: str) -> Encoded:
-    ids = torch.as_tensor(row["input_ids"], dtype=torch.int64)
+def _ready_made(row: Mapping[str, Any], where: str, vocabulary: int) -> Encoded:
+    ids = _numbers(row, "input_ids", where)
+    if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < vocabulary:
+        raise DataSelectionError(
+            f"{where}: input_ids run from {int(ids.min())} to {int(ids.max())}, and the tokenizer has {vocabulary} "
+            "tokens; give those of this model's tokenizer"
+        )
     if row.get("labels") is not None:
-        labels = torch.as_tensor(row["labels"], dtype=torch.int64)
+        labels = _numbers(row, "labels", where)
     else:
         labels = ids
         for mask in ("completion_mask", "assistant_masks"):
@@ -198,10 +203,21 @@ def _ready_made(row: Mapping[str, Any], where: str) -> Encoded:
                 if kept.shape != ids.shape:
                     raise DataSelectionError(f"{where}: {mask} has {len(kept)} entries for {len(ids)} input_ids")
                 labels = torch.where(kept, labels, IGNORED)
-    if ids.ndim != 1 or labels.shape != ids.shape:
+    if labels.shape != ids.shape:
         raise DataSelectionError(f"{where}: input_ids {tuple(ids.shape)} and labels {tuple(labels.shape)} must be (T,)")
     images = {name: torch.as_tensor(row[name]) for name in IMAGE_INPUTS if row.get(name) is not None}
     return Encoded(ids, labels, images)
+
+
+def _numbers(row: Mapping[str, Any], column: str, where: str) -> torch.Tensor:
+    """(T,) a column of token numbers."""
+    try:
+        values = torch.as_tensor(row[column])
+    except (ValueError, TypeError, RuntimeError):
+        values = None
+    if values is None or values.ndim != 1 or len(values) and (values.is_floating_point() or values.is_complex()):
+        raise DataSelectionError(f"{where}: {column} is {row[column]!r:.80}; give one flat list of token numbers")
+    return values.long()
 
 
 def _from_text(tokenizer: Any, row: Mapping[str, Any], where: str) -> Encoded:

@@ -1,13 +1,16 @@
 """What scores belong to: short hashes of model, adapter, template and data, which tell one from another."""
 
+import datetime
 import hashlib
 import json
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
+from .encoding import images_of
 from .texts import DataSelectionError, is_dataset
 
 # Numbers of each weight of the base that are looked at; all of a 7 B model would take minutes.
@@ -78,13 +81,18 @@ def template_identity(tokenizer: Any) -> str:
 
 
 def data_identity(rows: Any) -> str:
-    """A hash of a pool: of a Dataset its fingerprint, of a list its rows."""
+    """A hash of a pool: of a Dataset its fingerprint, of a list its rows, and of images that they name by path the
+    sizes of the files, since to read them all would take long."""
     digest = hashlib.sha256()
     if is_dataset(rows):
         digest.update(f"{rows._fingerprint}\0{len(rows)}".encode())
     else:
         for row in rows:
             digest.update(json.dumps(row, sort_keys=True, default=_plain).encode() + b"\n")
+            for image in images_of(row) if isinstance(row, Mapping) else ():
+                path = image.get("path") if isinstance(image, Mapping) and not image.get("bytes") else image
+                if isinstance(path, (str, os.PathLike)) and os.path.isfile(path):
+                    digest.update(f"{os.path.getsize(path)}\n".encode())
     return digest.hexdigest()[:16]
 
 
@@ -94,6 +102,12 @@ def _plain(value: Any) -> Any:
         return sorted(value, key=str)
     if isinstance(value, Mapping):
         return dict(value)
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, (datetime.date, datetime.time)):  # a datetime is a date
+        return value.isoformat()
     if isinstance(value, torch.Tensor):
         value = value.detach().cpu().numpy()
     if isinstance(value, np.ndarray):

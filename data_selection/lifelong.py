@@ -25,7 +25,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from .adapt_inf import AdaptInf
+from .adapt_inf import AdaptInf, balanced_control, usable_rows
 from .files import write_atomic
 from .identity import data_identity
 from .selection import MAX_SEED, Selection, checked_int, top_k, uniform_noise
@@ -49,7 +49,8 @@ class Learner(Protocol):
 
     def train(self, rows: Sequence[Any], count: int, folder: Path) -> None:
         """Train the current model on `count` of the rows, repeated as often as the learner repeats any, and save it in
-        the folder. `count` is below the number of rows under the policy "full" alone."""
+        the folder, which is made here. `count` is below the number of rows under the policy "full", and where the
+        published shares (`AdaptInf.legacy`) add up to more than the budget."""
 
     def performance(self, skill: str) -> Mapping[str, float]:
         """Measures of the current model on a data set's test rows, by name, the higher the better: an accuracy, or
@@ -81,7 +82,13 @@ class Lifelong:
         return list(self.performance[0][self.skills[0]])
 
     def matrix(self, measure: str) -> NDArray[np.float64]:
-        """(S + 1, S): row t after step t, the first before training; column s the skill s."""
+        """(S + 1, S): row t after step t, the first before training; column s the skill s.
+
+        Raises:
+            DataSelectionError: there is no such measure.
+        """
+        if measure not in self.measures:
+            raise DataSelectionError(f"measure {measure!r}: the learner measured {self.measures}; name one of them")
         return np.array([[at[skill][measure] for skill in self.skills] for at in self.performance])
 
     def summary(self, measure: str) -> dict[str, float | None]:
@@ -177,6 +184,8 @@ def lifelong(
     checked_int(seed, "seed", 0, MAX_SEED, "any such number does")
     if keep is not None:
         checked_int(keep, "keep", 1, 2**62, "None keeps all rows")
+    if not isinstance(datasets, Mapping):
+        raise DataSelectionError(f"datasets is a {type(datasets).__name__}; give a mapping from names to rows")
     empty = [name for name, rows in datasets.items() if not len(rows)]
     if empty or not datasets:
         raise DataSelectionError(f"no rows in {empty or 'datasets'}; give at least one data set, and rows to each")
@@ -204,6 +213,11 @@ def lifelong(
             beside = folder / f".{MODEL}"
             shutil.rmtree(beside, ignore_errors=True)
             learner.train([rows[i] for i in chosen], min(budget, len(chosen)), beside)
+            if not beside.is_dir():
+                raise DataSelectionError(
+                    f"learner.train left no folder {beside}, from which the next step and a run that goes on begin; "
+                    "save the model there"
+                )
             beside.rename(folder / MODEL)
         # Read back even where it was just trained, so that a run that goes on has the very same model.
         learner.restore(folder / MODEL)
@@ -254,9 +268,8 @@ def _pick(
         return Selection.load(folder)
     if policy in ("adapt_inf", "balanced"):
         if policy == "balanced":
-            method = dataclasses.replace(method, selector="random", legacy=False)
-        usable = int((scored.store.norms > 0).sum())
-        picked = method.select(scored.store, budget=min(budget, usable), seed=seed)
+            method = balanced_control(method)
+        picked = method.select(scored.store, budget=min(budget, len(usable_rows(scored.store))), seed=seed)
     else:
         first = rows - new if policy == "sequential" else 0
         count = rows if policy == "full" else min(budget, rows - first)
@@ -278,7 +291,15 @@ def _stay(scored: _Scored, rows: int, keep: int | None, policy: str, method: Ada
 
 
 def _measured(learner: Learner, names: Sequence[str]) -> dict[str, dict[str, float]]:
-    return {name: {key: float(value) for key, value in learner.performance(name).items()} for name in names}
+    found = {name: {key: float(value) for key, value in learner.performance(name).items()} for name in names}
+    for name, measures in found.items():
+        wrong = {key: value for key, value in measures.items() if not 0 <= value < float("inf")}
+        if wrong or not measures or set(measures) != set(found[names[0]]):
+            raise DataSelectionError(
+                f"learner.performance({name!r}) is {measures}; give the same measures of every data set, each a finite "
+                "number of 0 or more: of a loss exp(-loss)"
+            )
+    return found
 
 
 def _step(number: int) -> str:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 import numpy as np
 
 from .files import open_atomic
-from .selection import Selection
+from .selection import Selection, files_state
 from .texts import DataSelectionError, TextSource, checked_source, file_paths, is_dataset, read_rows, source_name
 
 if TYPE_CHECKING:
@@ -28,6 +28,7 @@ def picked_rows(picked: Selection, pool: TextSource | None = None) -> Iterator[d
         raise DataSelectionError(
             "this selection does not hold its pool (it was loaded, or made from an iterator); pass it"
         )
+    _check_unchanged(picked, pool)
     chosen = np.zeros(picked.pool_size, bool)
     chosen[picked.indices] = True
     rows = 0
@@ -36,6 +37,16 @@ def picked_rows(picked: Selection, pool: TextSource | None = None) -> Iterator[d
             yield dict(row) if not isinstance(row, str) else {"text": row}
     if rows != picked.pool_size:
         raise DataSelectionError(f"the pool had {picked.pool_size} rows and has {rows}; pass the one that was scored")
+
+
+def _check_unchanged(picked: Selection, pool: TextSource) -> None:
+    now = {path: rest for path, *rest in files_state(pool)}  # none where a file is gone, which its reader says
+    changed = [path for path, *rest in picked._pool_state if now.get(path, rest) != rest]
+    if changed:
+        raise DataSelectionError(
+            f"{', '.join(changed)} was changed after it was picked from, so that other rows may stand at the row "
+            "numbers; pick again, or pass the pool that was scored"
+        )
 
 
 def pool_rows(pool: Any) -> Iterator[Any]:

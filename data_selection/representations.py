@@ -18,7 +18,9 @@ from .scores import head_at, output_layer
 from .selection import Selection, checked_int
 from .store import NORM, Store
 from .targeted import select_for_target
-from .texts import TextSource
+from .texts import DataSelectionError, TextSource
+
+KIND = {"kind": "last_states_weighted_by_position"}
 
 
 def weighted_mean(states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -80,7 +82,7 @@ def represent_samples(
     key = {
         **store_identity(model, tokenizer, rows, active_adapters(model)),
         "layers": None,
-        "projection": {"kind": "last_states_weighted_by_position"},
+        "projection": KIND,
         "batch_size": batch_size,
         "max_length": max_length,
         "seed": 0,
@@ -116,7 +118,13 @@ def select_rds(store: Store, target: Store, *, budget: int, seed: int = 0) -> Se
         The selection; reasons: `task` (the number of the example, in eight digits) and `score` (the cosine).
 
     Raises:
-        DataSelectionError: as of `targeted.select_for_target`.
+        DataSelectionError: as of `targeted.select_for_target`, or a store holds other vectors.
     """
+    for name, one in (("store", store), ("target", target)):
+        if one.key.get("projection") != KIND:
+            raise DataSelectionError(
+                f"{name}: {one.folder} holds no hidden states; make it with represent_samples, or pick by "
+                "gradients with select_for_target"
+            )
     examples = [f"{i:08d}" for i in range(len(target))]
     return select_for_target(store, target, budget=budget, tasks=examples, turns="round_robin", seed=seed)

@@ -55,7 +55,8 @@ def reward_gradients(
         model: a `peft.PeftModel`, LoRA or MoKA, whose adapter is no fresh one.
         tokenizer: its tokenizer.
         prompts: rows with `prompt`, a string or a list of messages; what else they hold is the reward's business.
-        reward: takes a row and the text of an answer, and gives a number.
+        reward: takes a row and the text of an answer, and gives a number; `of_trl` makes one of a reward function of
+            TRL, such as a verifier of `krontune.rl`.
         name: of the reward, by which a store of another one is refused.
         out_dir: the folder of the store.
         samples: answers drawn for a prompt, at temperature 1 from the whole vocabulary, as the formula asks; 2 or more.
@@ -112,6 +113,17 @@ def reward_gradients(
     return store
 
 
+def of_trl(function: Callable[..., Sequence[float | None]]) -> Reward:
+    """A reward function of TRL, which takes lists of prompts, completions and columns, as one of a row and a text."""
+
+    def reward(row: Mapping[str, Any], text: str) -> Any:
+        columns = {name: [value] for name, value in row.items() if name != "prompt"}
+        [paid] = function(prompts=[row["prompt"]], completions=[text], **columns)
+        return paid
+
+    return reward
+
+
 def advantages(rewards: np.ndarray) -> np.ndarray:
     """Each reward (n,) minus the mean of the others."""
     return (rewards - rewards.mean()) * len(rewards) / (len(rewards) - 1)
@@ -154,9 +166,13 @@ def _rewards(reward: Reward, row: Any, answers: Sequence[Encoded], tokenizer: An
     found = []
     for answer in answers:
         text = tokenizer.decode(answer.input_ids[answer.labels != IGNORED], skip_special_tokens=True)
-        value = float(reward(row, text))
+        said = reward(row, text)
+        try:
+            value = float(said)
+        except (TypeError, ValueError):
+            value = float("nan")
         if not np.isfinite(value):
-            raise DataSelectionError(f"{where}: the reward of {text!r:.80} is {value}; give a finite number")
+            raise DataSelectionError(f"{where}: the reward of {text!r:.80} is {said!r:.40}; give a finite number")
         found.append(value)
     return np.array(found)
 

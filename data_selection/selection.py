@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from .files import read_checked, read_header, write_atomic
 from .ngrams import mix64
-from .texts import DataSelectionError, TextSource, checked_source, is_dataset_dict
+from .texts import DataSelectionError, TextSource, checked_source, file_paths, is_dataset_dict
 
 FORMAT = "krontune.selection"
 HEADER, PICKS = "selection.json", "picks.jsonl"
@@ -46,6 +46,7 @@ class Selection:
     method: str
     pool: TextSource | None = field(default=None, repr=False)
     details: Mapping[str, Any] = field(default_factory=dict)
+    _pool_state: list[tuple[str, int, int]] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         checked_int(self.pool_size, "pool_size", 0, 2**62, "it is the number of rows that were picked from")
@@ -67,6 +68,7 @@ class Selection:
             raise DataSelectionError(f"{len(self.reasons)} reasons for {len(indices)} picks; give one a pick")
         indices.flags.writeable = False
         object.__setattr__(self, "indices", indices)
+        object.__setattr__(self, "_pool_state", files_state(self.pool))
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -85,7 +87,9 @@ class Selection:
         noise = uniform_noise(self.seed, self.pool_size, stream=1)
         indices = top_k(noise, len(self))
         reasons = [{"selector": "random"} for _ in indices]
-        return Selection(indices, reasons, self.pool_size, self.seed, "random", self.pool)
+        control = Selection(indices, reasons, self.pool_size, self.seed, "random", self.pool)
+        object.__setattr__(control, "_pool_state", self._pool_state)
+        return control
 
     def apply(self, dataset: Any) -> Any:
         """The picked rows of `dataset`: of a `datasets.Dataset` a Dataset, of a list or tuple a list; of a
@@ -117,7 +121,8 @@ class Selection:
         is a row with `text`.
 
         Raises:
-            DataSelectionError: there is no pool, it cannot be read, or it has another size by now.
+            DataSelectionError: there is no pool, it cannot be read, it has another size by now, or a file of it was
+                changed after the selection was made. Of a selection that was loaded only the size is compared.
         """
         from .outputs import picked_rows
 
@@ -208,6 +213,17 @@ class Selection:
         indices = np.array([row.pop("index") for row in rows], np.int64)
         details = header.get("details", {})
         return cls(indices, rows, header["pool_size"], header["seed"], header["method"], details=details)
+
+
+def files_state(pool: TextSource | None) -> list[tuple[str, int, int]]:
+    """Of the files of a pool name, size and time of change, which tell one content from another; none of a pool in
+    memory, or of files that are gone."""
+    if pool is None:
+        return []
+    try:
+        return [(str(path), (found := path.stat()).st_size, found.st_mtime_ns) for path in file_paths(pool)]
+    except OSError:
+        return []
 
 
 def top_k(scores: NDArray[np.float64], k: int) -> NDArray[np.int64]:

@@ -57,7 +57,7 @@ class Store:
             width: numbers in a vector; 0 for no vectors.
 
         Raises:
-            DataSelectionError: the folder holds a store with another key, or other files.
+            DataSelectionError: the folder holds a store with another key, or other files, or is damaged.
         """
         folder = Path(folder)
         content = {"rows": rows, "columns": list(columns), "width": width, "key": dict(key)}
@@ -69,6 +69,7 @@ class Store:
         else:
             write_atomic(folder / HEADER, json.dumps(header, indent=2).encode())
         store = cls(folder)
+        store._check_whole()
         store._reserve(DONE, rows)
         if width:
             store._reserve(store._vector_file, rows * width * store.dtype.itemsize)
@@ -85,6 +86,23 @@ class Store:
     def _vector_file(self) -> str:
         return "vectors.f32" if self.dtype == np.float32 else "vectors.f16"
 
+    def _check_whole(self) -> None:
+        """Refuse a folder some of whose files are gone or too short (a copy that was cut?): what is missing would be
+        read as zeros."""
+        begun = (self.folder / ARROW).exists() or bool(self.done.any())
+        sizes = {DONE: self.rows, ROWS: self.rows * len(self.columns) * 8}
+        if self.width:
+            sizes[self._vector_file] = self.rows * self.width * self.dtype.itemsize
+        lost = [name for name, size in sizes.items() if _size(self.folder / name) < size]
+        # Looked for last: another process may be turning the one into the other, and takes the old one away last.
+        if ROWS in lost and (self.folder / ARROW).exists():
+            lost.remove(ROWS)
+        if begun and lost:
+            raise DataSelectionError(
+                f"{self.folder} is damaged: {', '.join(lost)} is gone or too short; delete the folder to begin again, "
+                "or bring back a whole copy"
+            )
+
     def _reserve(self, name: str, size: int) -> None:
         """Make a file of `size` zeros; one that is there keeps its content."""
         with (self.folder / name).open("ab") as file:
@@ -97,6 +115,8 @@ class Store:
     @property
     def done(self) -> NDArray[np.bool_]:
         """(N,) whether the row's numbers are on the disk, read anew each time."""
+        if _size(self.folder / DONE) < 0:  # cut before anything was done
+            return np.zeros(self.rows, bool)
         return np.fromfile(self.folder / DONE, np.uint8).astype(bool)
 
     @property
@@ -143,11 +163,18 @@ class Store:
         import pyarrow
 
         self.finish()
-        with pyarrow.OSFile(str(self.folder / ARROW)) as file:
-            table = pyarrow.ipc.open_file(file).read_all()
+        try:
+            with pyarrow.OSFile(str(self.folder / ARROW)) as file:
+                table = pyarrow.ipc.open_file(file).read_all()
+        except (OSError, pyarrow.ArrowException) as error:
+            raise DataSelectionError(
+                f"{self.folder / ARROW} cannot be read: {error}; delete the folder to begin again, or bring back a "
+                "whole copy"
+            ) from error
         return {name: table[name].to_numpy() for name in table.column_names}
 
     def _check_complete(self) -> None:
+        self._check_whole()
         if not self.complete:
             raise DataSelectionError(
                 f"{self.folder} holds {int(self.done.sum())} of {self.rows} rows; call score_samples again with the "
@@ -190,6 +217,14 @@ class Store:
     def _check_vectors(self) -> None:
         if not self.width:
             raise DataSelectionError(f"{self.folder} holds no vectors; score with gradients='last' in a new folder")
+
+
+def _size(path: Path) -> int:
+    """Bytes of a file; -1 where there is none."""
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:
+        return -1
 
 
 def _write_rows(file: Any, rows: Sequence[int], values: NDArray[Any]) -> None:

@@ -9,9 +9,9 @@ from .data_faults import Found, pool_seen, source_faults, tried
 from .links import feeder, fresh_adapter, start
 from .pictures import reads_pictures
 from .schema import Recipe, Sft
-from .schema_rows import AdaptInfSelect
+from .schema_rows import AdaptInfSelect, WarmUp
 from .select_adapt_inf import adapt_inf, adapter_section
-from .targets import ConfigError, meta_model
+from .targets import ConfigError, base_config, meta_model
 
 
 def adapt_inf_order(recipe: Recipe, number: int) -> Iterator[tuple[tuple[str | int, ...], str]]:
@@ -34,6 +34,7 @@ def adapt_inf_order(recipe: Recipe, number: int) -> Iterator[tuple[tuple[str | i
         yield ("stage",), "missing key 'raw' (or 'datasets')"
     if stage.adapter is not None and stage.adapter_from is not None:
         yield ("adapter_from",), "'adapter' is warmed up and 'adapter_from' is trained already; give one of them"
+    yield from _unused_adapter(recipe, stage)
     yield from _score_order(stage)
     if stage.datasets is None:
         if stage.keep is not None:
@@ -52,6 +53,21 @@ def adapt_inf_order(recipe: Recipe, number: int) -> Iterator[tuple[tuple[str | i
     if before is not None and stage.adapter_from is not None:
         continued = recipe.name_of(before)
         yield ("adapter_from",), f"the adapter of the {continued} stage is trained on; leave 'adapter_from' out"
+
+
+def _unused_adapter(recipe: Recipe, stage: AdaptInfSelect) -> Iterator[tuple[tuple[str | int, ...], str]]:
+    """What is said of an adapter to warm up, where one that is trained already scores."""
+    before = recipe.before(stage, "sft", "rl")
+    trained = f"the adapter of the {recipe.name_of(before)} stage" if before is not None else None
+    if stage.adapter is not None and trained is not None and stage.datasets is None and stage.adapter_from is None:
+        yield (
+            ("adapter",),
+            f"{trained} scores, so that this 'adapter' would not be used; leave 'adapter' out, or put this stage "
+            "before that one",
+        )
+    if stage.warm_up != WarmUp() and (stage.adapter_from is not None or trained is not None):
+        scores = repr(stage.adapter_from) if stage.adapter_from is not None else trained
+        yield ("warm_up",), f"{scores} scores and is trained already, so that nothing is warmed up; leave 'warm_up' out"
 
 
 def _score_order(stage: AdaptInfSelect) -> Iterator[tuple[tuple[str | int, ...], str]]:
@@ -128,6 +144,7 @@ def adapt_inf_faults(recipe: Recipe, stage: AdaptInfSelect) -> Found:
         )
     if stage.selector in ("nll", "ppl", "el2n", "grand", "log_ig", "epistemic") and stage.selector not in stage.scores:
         yield ("selector",), f"the selector {stage.selector!r} is not among the scores {stage.scores}; add it"
+    yield from _layer_faults(recipe, stage)
     if stage.adapter is not None:
         yield from adapter_faults(recipe, stage.adapter)
     if stage.adapter_from is not None and not (Path(stage.adapter_from) / "adapter_config.json").is_file():
@@ -135,7 +152,8 @@ def adapt_inf_faults(recipe: Recipe, stage: AdaptInfSelect) -> Found:
     yield from _member_faults(recipe, stage)
     if stage.datasets is None:
         pool = yield from pool_seen(recipe, stage)
-        yield from _too_many(stage, pool.rows, "the pool")
+        holds = "the pool has" if feeder(recipe, stage) is None else "dedup looks through"
+        yield from _too_many(stage, pool.rows, holds)
     for number, skill in enumerate(stage.datasets or []):
         rows = yield from source_faults(("datasets", number, "raw"), skill.raw)
         if skill.test is not None:
@@ -148,9 +166,27 @@ def adapt_inf_faults(recipe: Recipe, stage: AdaptInfSelect) -> Found:
             )
         if number == 0 and rows.rows is not None:
             held = stage.held_out if skill.test is None else 0
-            yield from _too_many(stage, rows.rows - held, "the first of the datasets")
+            yield from _too_many(stage, rows.rows - held, "the first of the datasets has")
 
 
-def _too_many(stage: AdaptInfSelect, rows: int | None, what: str) -> Found:
+def _layer_faults(recipe: Recipe, stage: AdaptInfSelect) -> Found:
+    """Decoder layers that the base does not have."""
+    if not isinstance(stage.gradients, list):
+        return
+    if not stage.gradients:
+        yield ("gradients",), "gradients is an empty list; give last, all or numbers of decoder layers"
+    try:
+        config = base_config(recipe.base)
+    except ConfigError:  # said of the base
+        return
+    depth = None if config is None else getattr(config.get_text_config(), "num_hidden_layers", None)
+    if depth is None:
+        return
+    for place, layer in enumerate(stage.gradients):
+        if not 0 <= layer < depth:
+            yield ("gradients", place), f"the base has the decoder layers 0 to {depth - 1}, and {layer} is none of them"
+
+
+def _too_many(stage: AdaptInfSelect, rows: int | None, holds: str) -> Found:
     if isinstance(stage.k, int) and rows and stage.k > rows > 0:
-        yield ("k",), f"k is {stage.k} and {what} has {rows} rows; give at most {rows}"
+        yield ("k",), f"k is {stage.k} and {holds} {rows} rows; give at most {rows}"

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..data_selection import DataSelectionError
 from .card import CARD
 from .compare import PAGE, publish
 from .content import listed
@@ -163,6 +164,13 @@ def _takes_one_process(recipe: Recipe, step: Step) -> bool:
 
 
 def _do(recipe: Recipe, step: Step, folder: RunFolder) -> None:
+    try:
+        _do_step(recipe, step, folder)
+    except DataSelectionError as error:  # which does not know whose rows it speaks of
+        raise DataSelectionError(f"{step.name}: {error}") from error
+
+
+def _do_step(recipe: Recipe, step: Step, folder: RunFolder) -> None:
     if isinstance(step.stage, Dedup):
         run_dedup(recipe, step, folder)
     elif isinstance(step.stage, AdaptInfSelect):

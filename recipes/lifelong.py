@@ -25,6 +25,7 @@ from ..data_selection.performance import answer_performance
 from ..data_selection.selection import write_atomic
 from ..rl.labelled_head import score_labelled_only
 from .links import feeder
+from .pictures import fitting, is_processor, picture_training
 from .pool import INPUTS, read_if_there
 from .precision import save_plan
 from .progress import Report
@@ -34,7 +35,7 @@ from .schema import Recipe, Sft
 from .schema_rows import AdaptInfSelect
 from .select_adapt_inf import adapt_inf, budget_of, prepared, scoring_settings, start_adapter
 from .steps import Step
-from .trainer_args import given
+from .trainer_args import given, value_of
 from .training import ADAPTER, exact_parameters, saved_adapter, trainer_arguments
 
 STEPS, TAKEN = "lifelong", "taken.json"
@@ -141,13 +142,20 @@ class AdapterLearner:
 
     def train(self, rows: Sequence[Row], count: int, folder: Path) -> None:
         arguments = trainer_arguments(self.recipe, self.stage.trainer, folder)
-        dataset = Dataset.from_list([tokenize(row, self.tokenizer) for row in rows])
+        arguments |= {"max_steps": self.steps(count), "save_strategy": "no"}
+        data: dict[str, Any]
+        if is_processor(self.tokenizer):
+            longest = value_of(self.stage.trainer, "max_length")
+            data = picture_training(fitting(rows, self.tokenizer, self.name, longest, True), self.tokenizer)
+            arguments["remove_unused_columns"] = False
+        else:
+            data = {"train_dataset": Dataset.from_list([tokenize(row, self.tokenizer) for row in rows])}
         with exact_parameters(self.model):
             trainer: Any = SFTTrainer(
                 model=self.model,
-                args=SFTConfig(**{**arguments, "max_steps": self.steps(count), "save_strategy": "no"}),
-                train_dataset=dataset,
+                args=SFTConfig(**arguments),
                 processing_class=self.tokenizer,
+                **data,
                 callbacks=[_Report(self.name, self.run, self.before)],
             )
         score_labelled_only(trainer.model)

@@ -132,16 +132,21 @@ def _picture_faults(recipe: Recipe) -> Iterator[Fault]:
         yield Fault(recipe.where(("base", "precision")), f"{what}, and bit plans are of language models alone")
     for number, stage in enumerate(recipe.stages):
         where = recipe.where(("stages", number, "stage"))
-        for key in ("raw", "data"):
-            sources = getattr(stage, key, None)
-            for source in sources if isinstance(sources, list) else ():
-                yield from (Fault(recipe.where(("stages", number, key)), message) for message in _no_pictures(source))
+        for key, source in _sources(stage):
+            yield from (Fault(recipe.where(("stages", number, *key)), message) for message in _no_pictures(source))
         if isinstance(stage, Rl | Verify):
             yield Fault(where, f"{what}, and the stage {stage.stage} asks and trains language models alone")
-        elif getattr(stage, "datasets", None) is not None:
-            yield Fault(where, f"{what}, and sequences of datasets are of text alone; give raw")
         elif isinstance(stage, Sft) and (value_of(stage.trainer, "packing") or value_of(stage.trainer, "padding_free")):
             yield Fault(where, f"{what}, and TRL packs no rows with pictures; leave packing and padding_free out")
+
+
+def _sources(stage: Any) -> Iterator[tuple[tuple[str | int, ...], Any]]:
+    """The sources of rows that a stage trains on, picks from or measures by, each with its key."""
+    held: list[tuple[tuple[str | int, ...], Any]] = [((key,), getattr(stage, key, None)) for key in ("raw", "data")]
+    for number, skill in enumerate(getattr(stage, "datasets", None) or []):
+        held += [(("datasets", number, "raw"), skill.raw), (("datasets", number, "test"), skill.test)]
+    for key, sources in held:
+        yield from ((key, source) for source in (sources if isinstance(sources, list) else ()))
 
 
 def _no_pictures(source: Any) -> Iterator[str]:

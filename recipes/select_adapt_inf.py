@@ -21,12 +21,13 @@ from transformers import PrinterCallback
 from trl import SFTConfig, SFTTrainer
 
 from ..data_selection import AdaptInf, Selection, score_samples
+from ..data_selection.adapt_inf import balanced_control, usable_rows
 from ..data_selection.files import open_atomic
 from ..data_selection.projections import Factorised
 from ..data_selection.selection import top_k, uniform_noise, write_atomic
 from ..rl.labelled_head import score_labelled_only
 from .links import own_sources
-from .pictures import as_paths, is_processor, picture_training
+from .pictures import as_paths, is_processor, located, picture_training
 from .pool import (
     INPUTS,
     POOL,
@@ -69,14 +70,24 @@ def run_adapt_inf(recipe: Recipe, step: Step, run: RunFolder) -> None:
     pool = as_files(own_sources(stage), folder / POOL / "raw")
     run.add_data(labelled(step.name, "raw"), **content_of(pool))
     rows = [as_paths(row, folder / POOL) for row in _checked_rows(pool)]
+    k = budget_of(stage, len(rows))
+    if k > len(rows):
+        left = f" left by the {step.rows} stage" if step.rows else ""
+        raise RunError(f"{step.name}: k is {k} and the pool has {len(rows)} rows{left}; give at most that")
     model, tokenizer, scored_with = _scoring_model(recipe, step, rows, folder, run)
     for number, path in enumerate(stage.members if isinstance(stage.members, list) else ()):
         model.load_adapter(path, _member(number))
     store = score_samples(model, tokenizer, rows, **scoring_settings(recipe, stage), out_dir=folder / STORE)
+    usable = len(usable_rows(store))
+    if k > usable:
+        raise RunError(
+            f"{step.name}: k is {k}, and {usable} of {len(rows)} rows have an answer within max_length "
+            f"{stage.max_length} and finite scores; give at most {usable}, or a larger max_length"
+        )
     method = adapt_inf(stage)
-    k = budget_of(stage, len(rows))
     picked = method.select(store, budget=k, seed=recipe.seed)
-    balanced = dataclasses.replace(method, selector="random", legacy=False).select(store, budget=k, seed=recipe.seed)
+    # Of equal size: the published shares may add up to more than k.
+    balanced = balanced_control(method).select(store, budget=min(len(picked), usable), seed=recipe.seed)
     picked.save(folder / "selection")
     balanced.save(folder / "balanced")
     write_atomic(folder / PICTURES, json.dumps(picture_numbers(store, picked)).encode())
@@ -231,7 +242,7 @@ def _prepare(recipe: Recipe, step: Step, skills: Sequence[Skill], folder: Path, 
     facts, first = {}, list[Row]()
     for number, skill in enumerate(skills):
         files = as_files(skill.raw, folder / POOL / f"raw-{number}")
-        rows = [{**row, "skill": skill.name} for row in _checked_rows(files)]
+        rows = [as_paths({**row, "skill": skill.name}, folder / POOL) for row in _checked_rows(files)]
         if skill.test is None:
             if len(rows) <= stage.held_out:
                 raise RunError(
@@ -270,5 +281,5 @@ def prepared(stage: AdaptInfSelect, folder: Path) -> tuple[dict[str, list[Row]],
     for skill in stage.datasets or []:
         for part, name in zip(found, (f"{skill.name}.jsonl", f"{skill.name}.test.jsonl"), strict=True):
             with (folder / DATASETS / name).open(encoding="utf-8") as file:
-                part[skill.name] = [json.loads(line) for line in file]
+                part[skill.name] = [located(json.loads(line), folder / DATASETS) for line in file]
     return found

@@ -136,6 +136,22 @@ def test_spread_gives_more_to_the_cluster_whose_el2n_varies(tmp_path):
     assert (skills[picked.indices] == 1).sum() == pytest.approx(75, abs=3)
 
 
+def test_density_weighs_a_cluster_by_its_distance_to_the_next_times_the_distances_within(tmp_path):
+    rng = np.random.default_rng(0)
+    angles = np.concatenate([rng.normal(0.0, 0.05, 200), rng.normal(0.6, 0.15, 200), rng.normal(2.5, 0.1, 200)])
+    vectors = np.stack([np.cos(angles), np.sin(angles)], axis=1).astype(np.float32)
+    picked = AdaptInf(clusters=3, shares="density").select(store_of(tmp_path, vectors), budget=90)
+    labels = cluster(unit_rows(vectors), 3, 0, 3).labels
+    centres = [vectors[labels == i].sum(0) / np.linalg.norm(vectors[labels == i].sum(0)) for i in range(3)]
+    weights = []
+    for i in range(3):
+        between = min(1 - centres[i] @ centres[j] for j in range(3) if j != i)
+        weights.append(between * np.mean([1 - v @ centres[i] for v in vectors[labels == i]]))
+    expected = 90 * np.array(weights) / sum(weights)
+    shares = [one["share"] for one in picked.details["clusters"]]
+    assert shares == pytest.approx(expected, abs=1) and max(shares) > 2 * min(shares)
+
+
 def test_rows_without_answer_are_never_picked(tmp_path):
     vectors, _ = planted([50, 50])
     nll = np.random.default_rng(0).normal(size=100)
@@ -146,6 +162,31 @@ def test_rows_without_answer_are_never_picked(tmp_path):
     assert 7 not in AdaptInf().prune(store, keep=1000).indices
     with pytest.raises(DataSelectionError, match="budget=100: must be an integer from 1 to 99"):
         AdaptInf().select(store, budget=100)
+
+
+def test_rows_whose_score_is_not_finite_are_left_out_and_counted_apart(tmp_path):
+    vectors, _ = planted([50, 50])
+    ppl = np.random.default_rng(0).lognormal(size=100)
+    vectors[7], ppl[7], ppl[3], ppl[4] = 0, np.nan, np.inf, np.nan
+    store = store_of(tmp_path, vectors, ppl=ppl)
+    picked = AdaptInf().select(store, budget=97)
+    assert not {3, 4, 7} & set(picked.indices.tolist()) and len(picked) == 97
+    assert picked.details["left_out"] == {"no_answer": 1, "not_finite": 2}
+    with pytest.raises(DataSelectionError, match="from 1 to 97; the store has 97 rows with an answer and finite"):
+        AdaptInf().select(store, budget=98)
+
+
+def test_constant_scores_and_copies_alone_are_picked_from(tmp_path):
+    store = store_of(tmp_path, np.ones((30, 8), np.float32), nll=np.full(30, 2.0), el2n=np.zeros(30))
+    for options in ({}, {"selector": "mixed"}, {"shares": "spread"}, {"shares": "density"}, {"legacy": True}):
+        picked = AdaptInf(**options).select(store, budget=7)
+        assert len(picked) == 7 and len(set(picked.indices.tolist())) == 7, options
+    assert len(AdaptInf().prune(store, keep=1)) == 1
+
+
+def test_one_score_may_be_given_by_its_name_alone(tmp_path):
+    store = store_of(tmp_path, planted([30, 20])[0], nll=np.arange(50.0), el2n=np.arange(50.0) ** 2)
+    assert AdaptInf(scores="el2n").select(store, budget=9) == AdaptInf(scores=["el2n"]).select(store, budget=9)
 
 
 def with_copies(seed=0):
@@ -215,7 +256,9 @@ def test_legacy_takes_the_score_of_the_smaller_unit(tmp_path):
         ({"bins": 1}, "bins=1"),
         ({"trim": 0.5}, "trim=0.5"),
         ({"min_cluster": 0}, "min_cluster=0"),
+        ({"trim": "5 %"}, "trim='5 %'"),
         ({"legacy": True, "selector": "nll"}, "legacy=True"),
+        ({"legacy": True, "trim": 0.2, "min_cluster": 3}, "legacy=True .* trim=0.2, min_cluster=3"),
         ({"selector": "perplexity"}, "'perplexity'.*has the scores"),
         ({"scores": ["grand"]}, "'grand'.*has the scores"),
         ({"shares": "spread"}, "'el2n', which the store lacks"),

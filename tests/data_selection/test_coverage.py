@@ -124,3 +124,30 @@ def test_similarity_in_blocks_equals_the_whole_matrix(at_once):
 def test_published_shares_may_exceed_the_budget():
     assert published.shares([10, 10, 10], 10) == [4, 4, 4]
     assert published.shares([1, 10, 10], 9) == [1, 4, 4]
+
+
+def naive_published_strata(scores, budget, noise, bins):
+    low, high = np.percentile(scores, 5), np.percentile(scores, 95)
+    edges = [low + (high - low) * i / bins for i in range(bins)]
+    left, found = budget, {}
+    for number in range(bins - 1, -1, -1):
+        inside = [
+            i
+            for i, score in enumerate(scores)
+            if low <= score <= high and number == max(j for j in range(bins) if edges[j] <= score)
+        ]
+        quota = min(-(-left // (number + 1)), left)
+        taken = sorted(inside, key=lambda i: noise[i])[:quota]
+        left -= len(taken)
+        found |= dict.fromkeys(taken, number)
+    return sorted(found.items())
+
+
+def test_published_strata_are_filled_from_the_hardest_down_without_the_extremes():
+    rng = np.random.default_rng(7)
+    for size, budget in ((60, 20), (60, 54), (9, 3), (60, 60)):
+        scores, noise = rng.lognormal(size=size), rng.random(size)
+        rows, strata = published.stratified(scores, budget, noise, 5)
+        expected = naive_published_strata(scores, budget, noise, 5)
+        assert list(zip(rows.tolist(), strata.tolist(), strict=True)) == expected
+        assert len(rows) <= budget and (budget < 60 or len(rows) == 54), "never those beyond the percentiles"

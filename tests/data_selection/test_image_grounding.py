@@ -18,6 +18,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 
 from krontune.data_selection import DataSelectionError, score_samples
 from krontune.data_selection.encoding import collate, encode, image_tokens, without_images
+from krontune.data_selection.identity import data_identity
 from krontune.data_selection.image_dropout import ImageDropCollator
 
 COLOURS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255), "grey": (128, 128, 128)}
@@ -156,3 +157,12 @@ def test_the_collator_leaves_out_the_images_of_the_last_half_and_carries_odd_row
         ImageDropCollator(model, words, drop=1.5)
     with pytest.raises(DataSelectionError, match="takes no images"):
         ImageDropCollator(model.get_decoder(), words)
+
+
+def test_a_picture_that_was_changed_under_its_name_makes_other_data(tmp_path):
+    file, found = tmp_path / "a.png", set()
+    for side in (8, 80):
+        Image.new("RGB", (side, side), (200, 0, 0)).save(file)
+        for row in ({"images": [str(file)]}, {"image": file, "n": 1}, {"image": {"path": str(file), "bytes": None}}):
+            found.add(data_identity([row]))
+    assert len(found) == 6

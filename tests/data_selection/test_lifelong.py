@@ -156,6 +156,26 @@ def test_a_run_stopped_at_any_call_goes_on_to_the_same_end(tmp_path, policy):
     assert len(again.trained) == 0, "steps that are done are not trained again"
 
 
+def test_a_learner_that_measures_or_saves_what_nobody_can_use_is_refused_before_more_is_trained(tmp_path, monkeypatch):
+    for number, said in enumerate(({"accuracy": float("nan")}, {"accuracy": -0.5}, {})):
+        monkeypatch.setattr(
+            Toy, "performance", lambda self, skill, said=said: said if skill == "sort" else {"accuracy": 1}
+        )
+        with pytest.raises(DataSelectionError, match=r"learner.performance\('sort'\) is .*exp\(-loss\)"):
+            learn(tmp_path / str(number))
+        assert not list((tmp_path / str(number)).glob("step-*"))
+    monkeypatch.undo()
+    monkeypatch.setattr(Toy, "train", lambda self, rows, count, folder: None)
+    with pytest.raises(DataSelectionError, match="learner.train left no folder"):
+        learn(tmp_path / "unsaved")
+    monkeypatch.undo()
+    _, found = learn(tmp_path / "whole")
+    with pytest.raises(DataSelectionError, match=r"measure 'loss': the learner measured \['accuracy'\]"):
+        found.summary("loss")
+    with pytest.raises(DataSelectionError, match="datasets is a list; give a mapping"):
+        lifelong([DATA["add"]], Toy(), budget=1, out_dir=tmp_path / "list")
+
+
 def test_a_finished_run_is_read_back_and_another_one_refused(tmp_path):
     _, expected = learn(tmp_path)
     toy, found = learn(tmp_path)

@@ -45,6 +45,23 @@ def test_files_hold_the_picked_rows_of_any_pool(tmp_path, pools):
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["picked.jsonl", "picked.parquet"]
 
 
+def test_a_file_that_was_changed_after_the_pick_is_noticed_though_it_has_as_many_rows(tmp_path, pools):
+    pool = pools["jsonl"]
+    picked = Dsir(buckets=500).fit(target=["word3 stone"], raw=pool).select(pool, k=7)
+    rows = list(picked.rows())
+    pool.write_text("".join(json.dumps(row) + "\n" for row in reversed(ROWS)))
+    for changed in (picked, picked.control):
+        with pytest.raises(DataSelectionError, match=r"pool\.jsonl was changed after it was picked from"):
+            list(changed.rows())
+    with pytest.raises(DataSelectionError, match="was changed"):
+        picked.write(tmp_path / "out.jsonl", [str(pool)])
+    assert not (tmp_path / "out.jsonl").exists()
+    assert list(picked.rows(ROWS)) == rows, "the pool as it was"
+    pool.unlink()
+    with pytest.raises(DataSelectionError, match="there is no file"):
+        list(picked.rows())
+
+
 def test_a_pool_of_strings_gives_rows_with_text():
     pool = ["word1", "word2", "stone"]
     picked = Dsir(buckets=50).fit(target=["stone age"], raw=pool).select(pool, k=1, method="topk")
@@ -61,11 +78,11 @@ def test_what_cannot_be_written_leaves_nothing(tmp_path, pools):
     picked = Dsir(buckets=500).fit(target=["word3 stone"], raw=ROWS).select(pools["jsonl"], k=7)
     with pytest.raises(DataSelectionError, match="must end in .jsonl or .parquet"):
         picked.write(tmp_path / "out.csv")
-    with pools["jsonl"].open("a") as file:
-        file.write('{"text": "late"}\n')
+    late = tmp_path / "late.jsonl"
+    late.write_text(pools["jsonl"].read_text() + '{"text": "late"}\n')
     for name in ("out.jsonl", "out.parquet"):
         with pytest.raises(DataSelectionError, match="the pool had 40 rows and has 41"):
-            picked.write(tmp_path / name)
+            picked.write(tmp_path / name, late)
     picked.save(tmp_path / "saved")
     with pytest.raises(DataSelectionError, match="does not hold its pool"):
         Selection.load(tmp_path / "saved").write(tmp_path / "out.jsonl")

@@ -1,6 +1,7 @@
 import importlib.util
 import os
 import signal
+from datetime import date, datetime
 from pathlib import Path
 
 import numpy as np
@@ -158,6 +159,30 @@ def test_parts_do_disjoint_rows(tmp_path):
     assert whole.complete and np.isfinite(whole.scores["nll"]).all()
 
 
+@pytest.mark.parametrize("name", ["scores.arrow", "vectors.f16", "done.map"])
+def test_a_store_that_lost_a_file_or_half_of_one_is_refused_and_not_read_as_zeros(name, tmp_path):
+    score_samples(MODEL, WORDS, ROWS[:4], out_dir=tmp_path / "s")
+    file, whole = tmp_path / "s" / name, (tmp_path / "s" / name).read_bytes()
+    for damage in (file.unlink, lambda: file.write_bytes(whole[: len(whole) // 2])):
+        damage()
+        with pytest.raises(DataSelectionError, match=rf"({name.replace('.', '[.]')}|scores.rows).*delete the folder"):
+            score_samples(MODEL, WORDS, ROWS[:4], out_dir=tmp_path / "s").scores["nll"]  # noqa: B018
+        with pytest.raises(DataSelectionError, match="delete the folder"):
+            Store(tmp_path / "s").scores, Store(tmp_path / "s").vectors  # noqa: B018
+        file.write_bytes(whole)
+    assert score_samples(MODEL, WORDS, ROWS[:4], out_dir=tmp_path / "s").complete
+
+
+def test_a_store_that_was_cut_before_its_first_file_is_begun(tmp_path):
+    score_samples(MODEL, WORDS, ROWS[:4], out_dir=tmp_path / "whole")
+    (tmp_path / "s").mkdir()
+    (tmp_path / "s" / "store.json").write_bytes((tmp_path / "whole" / "store.json").read_bytes())
+    with pytest.raises(DataSelectionError, match="0 of 4 rows"):
+        Store(tmp_path / "s").scores  # noqa: B018
+    score_samples(MODEL, WORDS, ROWS[:4], out_dir=tmp_path / "s")
+    assert everything(tmp_path / "s") == everything(tmp_path / "whole")
+
+
 def test_another_key_is_refused_by_name(tmp_path):
     score_samples(MODEL, WORDS, ROWS, out_dir=tmp_path / "s")
     moved = tiny.with_lora(tiny.tiny_llama(), lora_dropout=0.1)
@@ -239,6 +264,15 @@ def test_bad_arguments_are_named(options, message, tmp_path):
     with pytest.raises(DataSelectionError, match=message):
         score_samples(MODEL, WORDS, ROWS, out_dir=tmp_path / "s", **options)
     assert not (tmp_path / "s").exists()
+
+
+def test_rows_may_hold_paths_dates_and_numbers_of_numpy(tmp_path):
+    row = {"text": "ab", "file": Path("a"), "day": date(2026, 1, 2), "n": np.float32(2), "at": datetime(2026, 1, 2, 3)}
+    first = score_samples(MODEL, WORDS, [row], gradients=None, out_dir=tmp_path / "s")
+    for other in ({"file": Path("b")}, {"day": date(2026, 1, 3)}, {"n": np.float32(3)}, {"at": datetime(2026, 1, 3)}):
+        with pytest.raises(DataSelectionError, match="data: "):
+            score_samples(MODEL, WORDS, [row | other], gradients=None, out_dir=tmp_path / "s")
+    assert first.complete
 
 
 def test_a_pool_that_cannot_be_read_again_is_refused(tmp_path):

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from krontune.data_selection import DataSelectionError
+from krontune.data_selection import AdaptInf, DataSelectionError, score_samples
 from krontune.data_selection.encoding import encode
 from krontune.data_selection.representations import represent_samples, select_rds
 
@@ -52,6 +52,19 @@ def test_examples_pick_the_nearest_row_left_in_turn(tmp_path):
     picked = select_rds(pool, target, budget=8)
     assert dict(zip(picked.indices.tolist(), (r["task"] for r in picked.reasons), strict=True)) == expected
     assert 23 not in select_rds(pool, target, budget=23).indices
+    balanced = AdaptInf(selector="random").select(pool, budget=6)
+    assert len(balanced) == 6, "clusters of a store without scores"
+    with pytest.raises(DataSelectionError, match="no score asked for"):
+        AdaptInf().select(pool, budget=6)
+
+
+def test_gradients_are_not_taken_for_hidden_states(tmp_path):
+    model = tiny.with_lora(tiny.tiny_llama())
+    states = represent_samples(model, WORDS, TARGET, out_dir=tmp_path / "states")
+    gradients = score_samples(model, WORDS, TARGET, out_dir=tmp_path / "gradients")
+    for pool, target, named in ((gradients, states, "store"), (states, gradients, "target")):
+        with pytest.raises(DataSelectionError, match=f"^{named}: .*gradients holds no hidden states"):
+            select_rds(pool, target, budget=1)
 
 
 def test_it_goes_on_and_refuses_another_model(tmp_path):

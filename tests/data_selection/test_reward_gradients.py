@@ -4,12 +4,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from tokenizers import decoders
 
 from krontune.data_selection import DataSelectionError, score_samples
-from krontune.data_selection.encoding import prompt_tokens
+from krontune.data_selection.encoding import encode, prompt_tokens
 from krontune.data_selection.gradients import plan_gradients
-from krontune.data_selection.reward_gradients import advantages, reward_gradients, sample_answers
+from krontune.data_selection.reward_gradients import advantages, of_trl, reward_gradients, sample_answers
 from krontune.data_selection.targeted import select_for_target
+from krontune.rl import CertificateReward, get_task
 
 specification = importlib.util.spec_from_file_location("tiny_adapters", Path(__file__).parent / "tiny_adapters.py")
 tiny = importlib.util.module_from_spec(specification)
@@ -94,6 +96,33 @@ def test_rows_that_give_the_paid_answer_are_picked(tmp_path):
     assert select_for_target(store, target, budget=4).indices.tolist() == [0, 2, 4, 6]
 
 
+@pytest.mark.slow
+def test_a_verifier_of_a_task_pays_and_rows_that_give_its_answer_are_picked(tmp_path, monkeypatch):
+    words = tiny.tokenizer()
+    words.backend_tokenizer.decoder = decoders.Fuse()  # characters stand beside each other, without blanks
+    prompts = list(get_task("lis").dataset(2, 3, seed=1))
+    right = [row["completion"][0]["content"] for row in prompts]
+    wrong = [text.replace("answer{", "answer{9").replace("ids{", "ids{9") for text in right]
+    reward = of_trl(CertificateReward("lis"))
+    assert [reward(row, text) for row, text in zip(prompts, right, strict=True)] == [1.0, 1.0]
+    assert [reward(row, text) for row, text in zip(prompts, wrong, strict=True)] == [0.0, 0.0]
+
+    def answered(row, text):
+        return {"prompt": row["prompt"], "completion": [{"role": "assistant", "content": text}]}
+
+    def drawn(model, words, row, where, *rest):
+        at = int(where.removeprefix("row "))
+        return [encode(words, answered(row, text), where) for text in (right[at], wrong[at])]
+
+    monkeypatch.setattr("krontune.data_selection.reward_gradients.sample_answers", drawn)
+    model = tiny.with_lora(tiny.tiny_llama(vocab_size=104, max_position_embeddings=512))
+    target = reward_gradients(model, words, prompts, reward, name="lis", projection=None, out_dir=tmp_path / "target")
+    assert target.scores["reward"].tolist() == [0.5, 0.5]
+    pool = [answered(row, text) for texts in (wrong, right) for row, text in zip(prompts, texts, strict=True)]
+    store = score_samples(model, words, pool, ("nll",), projection=None, out_dir=tmp_path / "pool")
+    assert select_for_target(store, target, budget=2).indices.tolist() == [2, 3]
+
+
 def test_a_store_is_completed_and_one_of_another_reward_refused(tmp_path):
     model = tiny.with_lora(tiny.tiny_llama(vocab_size=104))
     settings = {"samples": 3, "max_new_tokens": 2, "projection": 64}
@@ -108,6 +137,8 @@ def test_a_store_is_completed_and_one_of_another_reward_refused(tmp_path):
     assert not even.vectors.any() and whole.complete
     with pytest.raises(DataSelectionError, match="is nan; give a finite number"):
         reward_gradients(model, WORDS, PROMPTS, lambda r, t: float("nan"), name="x", out_dir=tmp_path / "d", **settings)
+    with pytest.raises(DataSelectionError, match="row 0: the reward of .* is 'good'; give a finite number"):
+        reward_gradients(model, WORDS, PROMPTS, lambda r, t: "good", name="x", out_dir=tmp_path / "g", **settings)
     with pytest.raises(DataSelectionError, match="no 'prompt'"):
         reward_gradients(model, WORDS, [{"text": "a"}], odd, name="x", out_dir=tmp_path / "e", **settings)
     with pytest.raises(DataSelectionError, match="samples=1"):

@@ -22,9 +22,9 @@ from transformers import (
 from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
 
 from krontune.adapters import load_base
-from krontune.data_selection import DataSelectionError
+from krontune.data_selection import DataSelectionError, Store
 from krontune.data_selection.encoding import collate, encode, images_of
-from krontune.recipes import needs
+from krontune.recipes import lifelong, needs
 from krontune.recipes.chain import run as run_recipe
 from krontune.recipes.faults import RecipeError
 from krontune.recipes.loader import load
@@ -181,7 +181,8 @@ def test_pictures_are_found_behind_several_stages_of_a_kind(data):
     stages = (
         "- {stage: dedup, data: [own.parquet, data/pool.jsonl]}\n" + select + sft.replace("sft,", f"sft, {ADAPTER},")
     )
-    stages += select + "- {stage: dedup, data: select}\n" + sft.replace("sft,", "sft, data: dedup,")
+    stages += select.replace(", warm_up: {steps: 2, batch_size: 4}", "")
+    stages += "- {stage: dedup, data: select}\n" + sft.replace("sft,", "sft, data: dedup,")
     recipe = load(written(data, stages))
     assert check(recipe) == []
     run = run_recipe(recipe, "runs/eyes", say=lambda line: None)
@@ -198,6 +199,38 @@ def test_pictures_are_found_behind_several_stages_of_a_kind(data):
     again = []
     run_recipe(recipe, "runs/eyes", say=again.append)
     assert all("skipped" in line for line in again), again
+
+
+@pytest.mark.slow
+def test_a_sequence_of_datasets_with_pictures_is_learned_and_goes_on_where_it_was_cut(data, monkeypatch):
+    rows = lines_of(data / "data" / "pool.jsonl")
+    for name, part in (("one", rows[:7]), ("two", rows[5:])):
+        write_rows(data / "data" / f"{name}.jsonl", part)
+    skills = "datasets: [{name: one, raw: data/one.jsonl}, {name: two, raw: data/two.jsonl, test: data/one.jsonl}]"
+    select = SELECT.replace("raw: data/pool.jsonl", f"{skills}, keep: 3, held_out: 2").replace("k: 6", "k: 4")
+    sft = SFT.replace("controls: [random], ", "").replace("max_steps: 2", "num_train_epochs: 1")
+    recipe = load(written(data, select + sft))
+    assert check(recipe) == []
+    train = lifelong.AdapterLearner.train
+
+    def cut(self, rows, count, folder):
+        train(self, rows, count, folder)
+        if folder.parent.name == "step-01":
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(lifelong.AdapterLearner, "train", cut)
+    with pytest.raises(KeyboardInterrupt):
+        run_recipe(recipe, "cut", say=lambda line: None)
+    monkeypatch.setattr(lifelong.AdapterLearner, "train", train)
+    run = run_recipe(recipe, "cut", say=lambda line: None)
+    whole = run_recipe(recipe, "whole", say=lambda line: None)
+    found = run.record["stages"]["sft"]["lifelong"]
+    assert found == whole.record["stages"]["sft"]["lifelong"]
+    assert found["pool"] == [5, 10] and [sum(counts.values()) for counts in found["picked"]] == [4, 4]
+    assert "log_ig" in Store(run.path / "sft" / "lifelong" / "step-01" / "store").scores
+    (data / "data" / "1.png").unlink()
+    [fault, *_] = [str(fault) for fault in check(recipe)]
+    assert "row 2 of data/one.jsonl: no picture is at '1.png'" in fault
 
 
 # ---------------------------------------------------------------- rows and batches
@@ -267,11 +300,6 @@ def test_load_base_gives_the_model_its_processor(eyes):
         ),
         ("- {stage: verify, task: {name: lis, n: [3, 4]}}\n", "the stage verify asks and trains language models alone"),
         (SELECT + SFT.replace("max_steps: 2", "max_steps: 2, packing: true"), "TRL packs no rows with pictures"),
-        (
-            SELECT.replace("raw: data/pool.jsonl", "datasets: [{name: a, raw: data/pool.jsonl}]")
-            + SFT.replace("controls: [random], ", ""),
-            "sequences of datasets are of text alone",
-        ),
     ],
 )
 def test_what_is_not_there_for_pictures_is_a_fault(data, text, message):

@@ -126,11 +126,12 @@ def test_of_a_stage_that_loads_no_model_no_memory_is_said_whatever_its_number(sm
 
 
 def test_adapt_inf_takes_no_steps_where_it_warms_nothing_up(small):
-    select = "{stage: select, method: adapt_inf, raw: pool.jsonl, k: 2, warm_up: {steps: 3}}"
+    select = "{stage: select, method: adapt_inf, raw: pool.jsonl, k: 2}"
+    warmed = select.replace("k: 2", "k: 2, warm_up: {steps: 3}")
     sft = "{stage: sft, data: pool.jsonl, trainer: {max_steps: 1}}"
     head = "name: small\nbase: {model: smollm2-135m}\nstages:\n"
     steps = []
-    for stages_of in ([select, sft], [sft, select]):
+    for stages_of in ([warmed, sft], [sft, select]):
         small.write_text(head + "".join(f"- {one}\n" for one in stages_of))
         steps.append(stages(small)["select"].steps)
     assert steps == [3, None]

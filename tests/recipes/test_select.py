@@ -8,6 +8,7 @@ import pytest
 
 from krontune.data_selection import DataSelectionError, Dsir, Selection
 from krontune.recipes import select
+from krontune.recipes.chain import run as run_recipe
 from krontune.recipes.loader import load
 from krontune.recipes.preflight import check
 from krontune.recipes.run_folder import RunError, RunFolder
@@ -201,6 +202,12 @@ def test_a_pool_that_is_all_forbidden_says_so(data):
     recipe = recipe_of(data, "raw: a.jsonl; target: law.jsonl; k: 2; duplicates: {against: {all: a.jsonl}}")
     with RunFolder(data / "run", recipe) as run, pytest.raises(RunError, match="no row of the pool is left"):
         run_select(recipe, steps(recipe)[0], run)
+
+
+def test_more_picks_than_are_left_are_refused_in_the_name_of_the_stage(data):
+    recipe = recipe_of(data, f"{BASE}; k: 41; min_tokens: 10000")
+    with pytest.raises(DataSelectionError, match="^select: k=41: only 0 texts of the pool may be picked"):
+        run_recipe(recipe, data / "run", say=lambda line: None)
 
 
 # ---------------------------------------------------------------- a stage that was cut

@@ -14,7 +14,7 @@ from krontune.recipes.compare import publish
 from krontune.recipes.faults import RecipeError
 from krontune.recipes.loader import load
 from krontune.recipes.preflight import check
-from krontune.recipes.run_folder import RunFolder
+from krontune.recipes.run_folder import RunError, RunFolder
 from krontune.recipes.select_adapt_inf import run_adapt_inf
 from krontune.recipes.steps import steps
 
@@ -27,7 +27,8 @@ tiny = importlib.util.module_from_spec(specification)
 specification.loader.exec_module(tiny)
 
 HEAD = "name: picks\nbase: {model: ./tiny, quantization: null}\nstages:\n"
-BASE = "method: adapt_inf; raw: pool.jsonl; k: 12; clusters: 2; warm_up: {steps: 2, batch_size: 4}"
+PICK = "method: adapt_inf; raw: pool.jsonl; k: 12; clusters: 2"
+BASE = f"{PICK}; warm_up: {{steps: 2, batch_size: 4}}"
 
 
 @pytest.fixture(scope="module")
@@ -116,13 +117,13 @@ def test_the_score_epistemic_takes_trained_adapters_as_members(data):
     select_in(data, name="one")
     select_in(data, BASE.replace("steps: 2", "steps: 4"), name="two")
     adapters = "members: [one/select/warm_up, two/select/warm_up]; adapter_from: one/select/warm_up"
-    folder, facts = select_in(data, f"{BASE}; scores: [epistemic]; selector: epistemic; {adapters}", name="three")
+    folder, facts = select_in(data, f"{PICK}; scores: [epistemic]; selector: epistemic; {adapters}", name="three")
     assert {one["selector"] for one in facts["clusters"]} == {"epistemic"}
     found = Store(folder / "store").scores["epistemic"]
     assert (found > 0).all()
     (data / "same").mkdir()
     same = "members: [one/select/warm_up, one/select/warm_up]; adapter_from: one/select/warm_up"
-    folder, _ = select_in(data, f"{BASE}; scores: [epistemic]; {same}", name="same/four")
+    folder, _ = select_in(data, f"{PICK}; scores: [epistemic]; {same}", name="same/four")
     assert Store(folder / "store").scores["epistemic"].max() < 1e-6 < found.max()
 
 
@@ -153,10 +154,10 @@ def test_a_cut_stage_goes_on_with_adapter_and_store_and_gives_the_same_bytes(dat
 @pytest.mark.slow
 def test_an_earlier_sft_stage_or_a_given_adapter_scores_instead_of_a_warm_up(data):
     select_in(data)
-    folder, facts = select_in(data, f"{BASE}; adapter_from: run/select/warm_up", "given")
+    folder, facts = select_in(data, f"{PICK}; adapter_from: run/select/warm_up", "given")
     assert facts["scored_with"] == "run/select/warm_up" and not (folder / "warm_up").exists()
     first = "  - stage: sft\n    data: pool.jsonl\n    trainer: {max_steps: 2, per_device_train_batch_size: 2}\n"
-    (data / "r.yaml").write_text(HEAD + first + "  - stage: select\n" + "".join(f"    {k}\n" for k in BASE.split("; ")))
+    (data / "r.yaml").write_text(HEAD + first + "  - stage: select\n" + "".join(f"    {k}\n" for k in PICK.split("; ")))
     run = run_recipe(load(data / "r.yaml"), data / "after", say=lambda line: None)
     assert run.record["stages"]["select"]["scored_with"] == "the adapter of the sft stage"
     assert Selection.load(run.path / "select" / "selection") != Selection.load(folder / "selection")
@@ -205,6 +206,10 @@ def test_sft_trains_on_the_picks_and_on_both_controls_and_the_page_draws_them(da
             "method: adapt_inf; k: 3; datasets: [{name: a, raw: pool.jsonl}]; scores: [epistemic]; members: [a, b]",
             "adapters in 'members' do not",
         ),
+        (
+            f"{PICK}; adapter_from: here; warm_up: {{steps: 3}}",
+            "'here' scores and is trained already, so that nothing is warmed up; leave 'warm_up' out",
+        ),
         ("method: adapt_inf; k: 3; datasets: [{name: a, raw: pool.jsonl}]", "the sft stage trains between datasets"),
     ],
 )
@@ -219,8 +224,11 @@ def test_faults_that_need_no_data(data, keys, said):
     [
         (BASE.replace("k: 12", "k: 41"), "k is 41 and the pool has 40 rows"),
         (f"{BASE}; legacy: true; shares: density", "legacy=True is the published choice"),
+        (f"{BASE}; legacy: true; trim: 0.1", "trim=0.1 does not belong"),
+        (f"{BASE}; gradients: [0, 2]", "the base has the decoder layers 0 to 1, and 2 is none of them"),
+        (f"{BASE}; gradients: []", "gradients is an empty list"),
         (f"{BASE}; selector: grand", "the selector 'grand' is not among the scores"),
-        (f"{BASE}; adapter_from: nowhere", "no folder with an adapter"),
+        (f"{PICK}; adapter_from: nowhere", "no folder with an adapter"),
         (f"{BASE}; selector: epistemic", "the selector 'epistemic' is not among the scores"),
         (f"{BASE}; scores: [epistemic]; members: [here, there]", "'there' is no folder with an adapter"),
         (f"{BASE}; scores: [nll, log_ig]", "compares answers with and without their images, and the base"),
@@ -230,6 +238,49 @@ def test_faults_that_need_no_data(data, keys, said):
 )
 def test_faults_that_a_check_finds(data, keys, said):
     assert any(said in fault.message for fault in check(recipe_of(data, keys)))
+
+
+@pytest.mark.parametrize(
+    ("keys", "said"),
+    [
+        (f"{PICK}; adapter: {{r: 2}}", "the adapter of the sft stage scores, so that this"),
+        (BASE, "the adapter of the sft stage scores and is trained already"),
+    ],
+)
+def test_an_adapter_to_warm_up_is_refused_after_a_stage_that_trains_one(data, keys, said):
+    lines = "".join(f"    {line}\n" for line in keys.split("; "))
+    (data / "r.yaml").write_text(HEAD + "  - {stage: sft, data: pool.jsonl}\n  - stage: select\n" + lines)
+    with pytest.raises(RecipeError, match=said):
+        load(data / "r.yaml")
+
+
+def test_more_picks_than_the_dedup_stage_leaves_end_the_run_before_anything_is_warmed_up(data, monkeypatch):
+    write_rows(data / "pool.jsonl", [{"text": f"one and the same text {n % 10}" * 4} for n in range(30)])
+    keys = BASE.replace("raw: pool.jsonl; ", "").replace("k: 12", "k: 20")
+    (data / "r.yaml").write_text(
+        HEAD
+        + "  - {stage: dedup, data: pool.jsonl, method: exact}\n  - stage: select\n"
+        + "".join(f"    {line}\n" for line in keys.split("; "))
+    )
+    recipe = load(data / "r.yaml")
+    assert check(recipe) == []
+    monkeypatch.setattr(select_adapt_inf, "warm_up", None)
+    with pytest.raises(RunError, match="^select: k is 20 and the pool has 10 rows left by the dedup stage"):
+        run_recipe(recipe, data / "run", say=lambda line: None)
+    few = load(data / "r.yaml", ["stages.select.k=31"])
+    assert any("k is 31 and dedup looks through 30 rows" in fault.message for fault in check(few))
+
+
+def test_more_picks_than_rows_with_an_answer_are_refused_by_the_stage(data):
+    with pytest.raises(RunError, match=r"^select: k is 38, and \d+ of 40 rows have an answer within max_length 5"):
+        select_in(data, f"{BASE.replace('k: 12', 'k: 38')}; max_length: 5")
+
+
+@pytest.mark.slow
+def test_the_balanced_control_is_as_large_as_what_the_published_shares_add_up_to(data):
+    folder, facts = select_in(data, f"{BASE.replace('k: 12', 'k: 13')}; legacy: true")
+    sizes = {name: len(rows_of(folder / f"{name}.jsonl")) for name in ("selected", "control", "balanced")}
+    assert set(sizes.values()) == {facts["n"]} == {14}
 
 
 def test_controls_of_datasets_are_refused_elsewhere(data):
