@@ -189,7 +189,7 @@ def _why(result: CheckResult) -> str:
     if result.name == "verifier":
         return "; ".join(_verifier_faults(details)) or f"slow: {details['latency']['p99_ms']:.0f} ms for a text"
     if result.name == "heuristics":
-        return f"{details['best']!r} earns {result.value:.2f} without solving anything"
+        return f"{details['best']!r} earns {result.value:.2f} of what a solution earns"
     if result.name == "shortcut_ceiling":
         return f"features of the input alone give the right answer in {result.value:.2f} of the instances"
     return f"{result.value:.3f} of the held-out prompts stand in what is trained on, e.g. {details['examples'][:1]}"

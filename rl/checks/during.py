@@ -1,6 +1,7 @@
 """Checks while training: answer against certificate on the samples, and alarms on the log."""
 
 from collections.abc import Mapping, Sequence
+from math import atanh, sqrt, tanh
 from statistics import fmean, median
 from typing import Any
 
@@ -65,7 +66,8 @@ def _measures(one: Mark) -> dict[str, float]:
 
 
 def _table(rows: Sequence[Mapping[str, float]], groups: Sequence[int], places: Sequence[int]) -> dict[str, Any]:
-    return {name: rate([rows[i][name] for i in places], [groups[i] for i in places]) for name in MEASURES}
+    own = [groups[i] for i in places]
+    return {name: rate([rows[i][name] for i in places], own, -1.0 if name == "gap" else 0.0) for name in MEASURES}
 
 
 class Monitored:
@@ -151,11 +153,11 @@ def divergence(
     """Does the reward rise while the strict measure does not?
 
     proxy, strict: names in the log, such as "reward" and "lis/certificate_accuracy"; entries with either are
-    taken at their place in the log. value: Spearman's rank correlation of the strict measure with time;
-    threshold 0. "fail": the proxy rises over time (correlation over 0.5) and the strict measure falls
-    (below -0.5); "warn": the proxy rises and the strict measure's correlation is not above the threshold;
-    else "pass". details: both correlations, and the means of the first and last thirds. Not run under `least`
-    entries of either.
+    taken at their place in the log. value: Spearman's rank correlation of the strict measure with time, with an
+    interval over entries by Fisher's transformation (Bonett and Wright, Psychometrika 65, 2000, 23-28); threshold 0.
+    "fail": the proxy rises over time (correlation over 0.5) and the strict measure surely falls (the whole interval
+    below 0); "warn": the proxy rises and the strict measure's correlation is not above the threshold; else "pass".
+    details: both correlations, and the means of the first and last thirds. Not run under `least` entries of either.
     """
     series = {
         name: [(i, float(log[name])) for i, log in enumerate(logs) if isinstance(log.get(name), (int, float))]
@@ -166,14 +168,15 @@ def divergence(
         return not_run("divergence", f"{fewest} log entries with {proxy!r} and {strict!r}, {least} are needed", fewest)
     trends = {name: _spearman([x for x, _ in points], [y for _, y in points]) for name, points in series.items()}
     rises = trends[proxy] > 0.5
-    verdict = "fail" if rises and trends[strict] < -0.5 else "warn" if rises and trends[strict] <= threshold else "pass"
+    ci = _fisher(trends[strict], len(series[strict]))
+    verdict = "fail" if rises and ci[1] < threshold else "warn" if rises and trends[strict] <= threshold else "pass"
     third = {name: max(1, len(points) // 3) for name, points in series.items()}
     details = {
         "trends": trends,
         "start": {name: fmean(y for _, y in points[: third[name]]) for name, points in series.items()},
         "end": {name: fmean(y for _, y in points[-third[name] :]) for name, points in series.items()},
     }
-    return CheckResult("divergence", trends[strict], None, fewest, threshold, verdict, details)
+    return CheckResult("divergence", trends[strict], ci, fewest, threshold, verdict, details)
 
 
 def _spearman(x: Sequence[float], y: Sequence[float]) -> float:
@@ -187,6 +190,13 @@ def _spearman(x: Sequence[float], y: Sequence[float]) -> float:
     a, b = (rank - rank.mean() for rank in ranks)
     spread = float(np.sqrt((a**2).sum() * (b**2).sum()))
     return float((a * b).sum()) / spread if spread else 0.0
+
+
+def _fisher(correlation: float, n: int) -> tuple[float, float]:
+    """The 95 % interval of a rank correlation of n points; one of 1 is taken for 0.999, whose transform is finite."""
+    middle = atanh(max(-0.999, min(0.999, correlation)))
+    half = 1.96 * sqrt((1 + correlation**2 / 2) / (n - 3))
+    return tanh(middle - half), tanh(middle + half)
 
 
 def verifier_health(counts: Mapping[str, int], threshold: float = 0.005) -> CheckResult:

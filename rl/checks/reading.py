@@ -73,9 +73,12 @@ def clusters(task: CertificateTask, instances: Sequence[Instance]) -> list[int]:
     return [numbers.setdefault(task.key(instance), len(numbers)) for instance in instances]
 
 
-def rate(flags: Sequence[Any], groups: Sequence[int]) -> dict[str, Any]:
-    """{"value", "ci", "n"}: the mean with an interval over groups (samples of one instance go together)."""
-    value, low, high, n = clustered_mean([float(flag) for flag in flags], groups)
+def rate(flags: Sequence[Any], groups: Sequence[int], lowest: float = 0.0) -> dict[str, Any]:
+    """{"value", "ci", "n"}: the mean with an interval over groups (samples of one instance go together).
+
+    lowest: the least that a flag could be; -1 for differences.
+    """
+    value, low, high, n = clustered_mean([float(flag) for flag in flags], groups, lowest=lowest)
     return {"value": value, "ci": (low, high), "n": n}
 
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from ..statistics import wilson_interval
+from ..statistics import ALIKE, alike_interval, wilson_interval
 from ..tasks.base import CertificateTask, Instance, Mark
 from .reading import clusters, rate, read, unordered
 from .result import CheckResult, judge, not_run
@@ -28,7 +28,7 @@ def attribution(
     instance here cannot be told from the truth: they are counted as truth and named in details["merged"].
 
     value: the truth's weight; threshold 0.5. Intervals are by bootstrap over instances. Departure from the
-    plain verdict: "fail" also where all heuristics together weigh more than the truth.
+    plain verdict: "fail" also where all heuristics together surely weigh more than the truth.
     details: weights (share by name: truth, each heuristic, other), intervals, and `disagreement`: for each
     heuristic, on the instances where it is not optimal, the shares that follow the truth, the heuristic or
     neither, with Wilson intervals, and `chance`, how often the answers equal the heuristic's ids of another
@@ -50,10 +50,14 @@ def attribution(
     shares = {name: float(weight) for name, weight in zip(names, weights, strict=True)}
     shares.update(dict.fromkeys(merged, 0.0))
     interval = (float(low[0]), float(high[0]))
-    if shares["truth"] == 1.0 or interval[0] == interval[1]:  # the bootstrap of what never varied is a point
+    if shares["truth"] == 1.0 or interval[1] - interval[0] < ALIKE:  # the bootstrap of what never varied is a point
         interval = wilson_interval(round(shares["truth"] * size), size)
     verdict = judge(interval, threshold)
-    if sum(shares[name] for name in rules) > shares["truth"]:
+    ahead = drawn[:, 0] - drawn[:, 1:-1].sum(axis=1)  # (resamples,)
+    most = float(np.quantile(ahead, 0.975))
+    if np.ptp(ahead) < ALIKE:
+        most = alike_interval(float(np.clip(ahead[0], -1.0, 1.0)), size)[1]
+    if most < 0:
         verdict = "fail"
     details = {
         "weights": shares,
@@ -79,7 +83,7 @@ def heuristic_agreement(task: CertificateTask, instances: Sequence[Any], answers
     for name, ids in rules.items():
         places = [i for i, mark in enumerate(marks) if not ids[i][1]]
         score = [float(_same(marks[i], ids[i][0])) - float(marks[i].certificate_right) for i in places]
-        found = rate(score, [groups[i] for i in places])
+        found = rate(score, [groups[i] for i in places], -1.0)
         if worst is None or found["value"] > worst[1]["value"]:
             worst = (name, found)
     if worst is None:

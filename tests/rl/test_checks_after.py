@@ -11,6 +11,7 @@ from krontune.rl import RlError, checks, get_task
 from krontune.rl.checks.policies import mixture_policy
 from krontune.rl.checks.reasoning import common_stretch, sorted_preface
 from krontune.rl.checks.sources import mixture
+from krontune.rl.statistics import wilson_interval
 
 LIS = get_task("lis")
 INSTANCES = LIS.instances(96, (8, 14), split="test")
@@ -94,6 +95,16 @@ def test_base_vs_tuned_of_equal_or_few_instances_is_not_sure():
         assert checks.base_vs_tuned([[base]] * 30, [[tuned]] * 30).verdict == surely
 
 
+def test_curves_of_instances_that_are_all_alike_still_have_a_band():
+    for flag in (0, 1):
+        curve = checks.pass_curve([[flag] * 4] * 30)
+        votes = checks.con_curve([[3] * 4] * 30, [3 if flag else 4] * 30)
+        for found in (curve, votes):
+            assert found["value"] == [float(flag)] * 3 and found["high"][0] - found["low"][0] == pytest.approx(
+                wilson_interval(0, 30)[1]
+            )
+
+
 def test_a_base_that_is_ahead_at_every_k_crosses_in_every_resample():
     found = checks.base_vs_tuned(_table([0.6] * 120), _table([0.1] * 120, seed=1)).details
     assert found["crossing"] == 1 and found["crossing_share"] > 0.99
@@ -157,6 +168,32 @@ def test_attribution_reads_texts_chats_ids_and_nothing():
         checks.attribution(LIS, INSTANCES, gold)
 
 
+def test_one_instance_convinces_no_check():
+    one = [LIS.instances(1, 14, split="test", discriminating=True)[0]]
+    for policy in ("perfect", "beam2", "random"):
+        texts = POLICIES[policy](one)
+        found = [
+            checks.triplet(LIS, one, texts),
+            checks.attribution(LIS, one, texts),
+            checks.heuristic_agreement(LIS, one, texts),
+            checks.size_ladder(LIS, POLICIES[policy], sizes=(24,), per_size=1),
+            checks.self_explanation(LIS, one, POLICIES[policy], lambda known, said: [LIS.parse(said[0]).ids]),
+            checks.early_answering(LIS, one, texts, _honest),
+            checks.headroom([[0] * 16], 8),
+        ]
+        for result in found:
+            assert result.verdict in ("warn", "not run"), (policy, result)
+
+
+def test_attribution_fails_for_heuristics_only_where_they_surely_outweigh_the_truth():
+    few = LIS.instances(12, (10, 14), split="test", discriminating=True)
+    answers = [*POLICIES["perfect"](few[:5]), *POLICIES["beam2"](few[5:])]
+    close = checks.attribution(LIS, few, answers)
+    assert 0.3 < close.value < 0.5 < close.ci[1] and close.verdict == "warn"
+    many = mixture_policy(LIS, {"perfect": 0.3, "beam2": 0.7})(INSTANCES)
+    assert checks.attribution(LIS, INSTANCES, many).verdict == "fail"
+
+
 def test_the_disagreement_set_shows_whom_the_answers_follow():
     answers = mixture_policy(LIS, {"perfect": 0.5, "beam2": 0.5})(INSTANCES)
     row = checks.attribution(LIS, INSTANCES, answers).details["disagreement"]["beam2"]
@@ -213,6 +250,14 @@ def test_the_feature_probe_has_its_control_and_finds_rules_in_the_errors():
     assert checks.feature_probe(LIS, instances[:20], [None] * 20).verdict == "not run"
 
 
+def test_errors_that_are_always_the_same_are_a_rule():
+    pytest.importorskip("sklearn")
+    some = INSTANCES[:60]
+    off = [f"\\ids{{1}} \\answer{{{LIS.solution(one).value + 1}}}" for one in some]
+    found = checks.feature_probe(LIS, some, off)
+    assert (found.value, found.verdict, found.details["error_rate"]) == (1.0, "fail", 1.0)
+
+
 def _honest(known, heads):
     """Solves only what it has worked out: the worked line must be there."""
     return [
@@ -229,6 +274,12 @@ def test_early_answering_tells_work_from_decoration():
     assert decor.verdict == "fail" and decor.value == 0.0 and decor.details["area"] == pytest.approx(1.0)
     wrong = checks.early_answering(LIS, INSTANCES, texts, lambda known, heads: [""] * len(known))
     assert wrong.verdict in ("not run", "pass")
+
+
+@pytest.mark.parametrize("shares", [(), (1.0,), (0.5, 0.25), (0.0, 1.5), (0.0, 0.0, 1.0)])
+def test_shares_of_the_reasoning_that_give_no_curve_are_refused(shares):
+    with pytest.raises(RlError, match="shares"):
+        checks.early_answering(LIS, INSTANCES[:2], POLICIES["perfect"](INSTANCES[:2]), _honest, shares)
 
 
 def test_a_forced_answer_is_begun_by_the_opener_and_ends_with_its_block():

@@ -132,8 +132,20 @@ def test_samples_of_one_instance_do_not_narrow_the_interval():
     assert repeated[1:3] == pytest.approx((low, high), abs=0.03)
 
 
+@pytest.mark.parametrize("difference", [-1.0, 0.0, 1.0])
+def test_differences_that_never_varied_may_lie_on_either_side_of_what_was_seen(difference):
+    for count in (1, 50):
+        value, low, high, n = clustered_mean([difference] * count, range(count), lowest=-1.0)
+        assert (value, n) == (difference, count) and (low, high) == alike_interval(difference, count)
+
+
 def test_a_rate_that_never_varied_still_has_an_interval():
-    assert clustered_mean([1.0] * 64, [i // 4 for i in range(64)]) == (1.0, *wilson_interval(16, 16), 16)
+    found = clustered_mean([1.0] * 64, [i // 4 for i in range(64)])
+    assert found == pytest.approx((1.0, *wilson_interval(16, 16), 16))
+    for values, groups in (([0.0, 1.0], [0, 0]), ([0.5, 0.5], [0, 1])):  # alike, between 0 and 1
+        value, low, high, n = clustered_mean(values, groups)
+        share = wilson_interval(0, n)[1]
+        assert (value, low, high) == pytest.approx((0.5, 0.5 - 0.5 * share, 0.5 + 0.5 * share))
     with pytest.raises(RlError):
         clustered_mean([], [])
     with pytest.raises(RlError):
