@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from math import sqrt
-from statistics import NormalDist
+from statistics import NormalDist, fmean, stdev, variance
 from typing import Any
 
 from .errors import RlError
@@ -114,6 +114,36 @@ def clustered_mean(
         np.stack([sums, sizes], axis=1), lambda m: m[:, 0] / m[:, 1], confidence, resamples, seed
     )
     return value, float(low), float(high), count
+
+
+def mean_interval(values: Sequence[float], confidence: float = 0.95) -> tuple[float, float, float]:
+    """The mean of a few numbers with Student's interval: (value, low, high). Raises RlError for fewer than 2."""
+    from scipy.stats import t
+
+    if len(values) < 2:
+        raise RlError(f"an interval of a mean needs 2 values or more, got {len(values)}")
+    half = stdev(values) / sqrt(len(values)) * float(t.ppf(0.5 + _checked(confidence) / 2, len(values) - 1))
+    return fmean(values), fmean(values) - half, fmean(values) + half
+
+
+def difference_of_means(
+    first: Sequence[float], second: Sequence[float], confidence: float = 0.95
+) -> tuple[float, float, float]:
+    """mean(first) - mean(second) of two independent samples with Welch's interval: (value, low, high).
+
+    Source: B. L. Welch, Biometrika 34 (1947), 28-35. Raises RlError for fewer than 2 values in either.
+    """
+    from scipy.stats import t
+
+    if min(len(first), len(second)) < 2:
+        raise RlError(f"a difference of means needs 2 values or more each, got {len(first)} and {len(second)}")
+    value = fmean(first) - fmean(second)
+    a, b = variance(first) / len(first), variance(second) / len(second)
+    if a + b == 0:
+        return value, value, value
+    freedom = (a + b) ** 2 / (a**2 / (len(first) - 1) + b**2 / (len(second) - 1))
+    half = sqrt(a + b) * float(t.ppf(0.5 + _checked(confidence) / 2, freedom))
+    return value, value - half, value + half
 
 
 def bootstrap_interval(

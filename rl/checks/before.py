@@ -1,7 +1,5 @@
 """Checks before training: is the task sound, what do shortcuts earn, is there room to learn, is it leaked?"""
 
-import asyncio
-import inspect
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,7 +12,7 @@ from ..statistics import clustered_mean, wilson_interval
 from ..tasks.base import CertificateTask, Check, Instance
 from ..tasks.splits import SPLITS, stream
 from .policies import scripted_policies
-from .reading import mark
+from .reading import awaited, mark
 from .result import CheckResult, judge, not_run
 
 Reward = Callable[..., Any]  # a sequence of numbers and None, or a coroutine of one
@@ -102,16 +100,15 @@ def heuristics(
 ) -> CheckResult:
     """What shortcuts and lazy policies earn: the floor that a trained model has to clear.
 
-    Every scripted policy but the perfect ones answers `size` test instances and is paid by `reward` (the
-    certificate reward if not given; yours is called as TRL calls it, with the columns of `task.dataset`).
-    value: the mean reward of the best of them, with an interval over instances, on the scale on which silence earns 0
-    and the worked solution 1 (`Scale`); heuristics that are optimal
-    on all these instances are the algorithm, not a shortcut, and stand in details["optimal"] instead.
-    Departure from the plain verdict: above `threshold` (0.5) it is "warn", as easy instances are no fault of
-    the reward, and "fail" where the whole interval lies above 0.9: then a shortcut earns what the solution
-    earns. details["policies"]: reward as paid and on that scale, answer and certificate accuracy of each; `silence` and
-    `solution`: what these are paid. "patience_tails" of "lis"
-    earns 1 from a reward on the answer and little from one on the certificate.
+    Every scripted policy but the perfect ones answers `size` test instances and is paid by `reward` (the certificate
+    reward if not given; yours is called as TRL calls it, with the columns of `task.dataset`). value: the mean reward of
+    the best of them, with an interval over instances, on the scale on which silence earns 0 and the worked solution 1
+    (`Scale`); heuristics that are optimal on all these instances are the algorithm, not a shortcut, and stand in
+    details["optimal"] instead. Departure from the plain verdict: above `threshold` (0.5) it is "warn", as easy
+    instances are no fault of the reward, and "fail" where the whole interval lies above 0.9: then a shortcut earns what
+    the solution earns. details["policies"]: reward as paid and on that scale, answer and certificate accuracy of each;
+    `silence` and `solution`: what these are paid. "patience_tails" of "lis" earns 1 from a reward on the answer and
+    little from one on the certificate.
     """
     from ..rewards import CertificateReward
 
@@ -188,10 +185,7 @@ def floor_verdict(ci: tuple[float, float], threshold: float) -> str:
 
 def called(reward: Reward, columns: Mapping[str, Any], size: int) -> list[Any]:
     """What a reward, synchronous or not, pays for `size` completions. Raises RlError for another number of values."""
-    found = reward(**columns)
-    if inspect.iscoroutine(found):
-        found = asyncio.run(found)
-    found = list(found)
+    found = list(awaited(reward(**columns)))
     if len(found) != size:
         raise RlError(f"the reward gave {len(found)} values for {size} completions")
     return found

@@ -63,11 +63,11 @@ def feature_probe(
     looks at the stated answer alone; but a perfect solver's answers are as predictable as the optimum is, see
     docs/probe.md.
 
-    value: R2 of the error, 0 where there are none, 1 where it is always the same; threshold 0.3: above it a rule, and not noise, makes the
-    errors. Right answers with wrong certificates have no errors: this check does not see them, `triplet` and
-    `attribution` do. details: r2_answer, r2_truth (control), excess = r2_answer - r2_truth, error_rate.
-    Unreadable answers are left out; at most `limit` answers are used, evenly spaced. Not run under 40
-    instances. Needs scikit-learn.
+    value: R2 of the error, 0 where there are none, 1 where it is always the same; threshold 0.3: above it a rule, and
+    not noise, makes the errors. Right answers with wrong certificates have no errors: this check does not see them,
+    `triplet` and `attribution` do. details: r2_answer, r2_truth (control), excess = r2_answer - r2_truth, error_rate.
+    Unreadable answers are left out; at most `limit` answers are used, evenly spaced. Not run under 40 instances. Needs
+    scikit-learn.
     """
     known, marks = read(task, instances, answers)
     kept = [i for i, mark in enumerate(marks) if mark.parsed.answer is not None]

@@ -1,5 +1,7 @@
 """What the checks share: reading answers of several forms, and rates over samples of the same instance."""
 
+import asyncio
+import inspect
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -52,6 +54,11 @@ def mark(task: CertificateTask, instance: Instance, answer: Any) -> Mark:
     return task.mark(instance, completion_text(answer))
 
 
+def awaited(paid: Any) -> Any:
+    """What a reward function gave, which is a coroutine where it is asynchronous."""
+    return asyncio.run(paid) if inspect.iscoroutine(paid) else paid
+
+
 def states_rows(task: CertificateTask, instance: Instance) -> bool:
     """Whether a certificate of this task is a list of row ids (and not, say, an expression)."""
     return "\\ids{" in task.completion(instance)
@@ -65,6 +72,11 @@ def block_openers(task: CertificateTask, instance: Instance) -> list[str]:
 def unordered(ids: Sequence[int]) -> tuple[int, ...]:
     """What two certificates are compared by: order never matters."""
     return tuple(sorted(ids))
+
+
+def stated(mark: Mark) -> tuple[int, ...] | None:
+    """The ids of a mark as they are compared; None where none were read."""
+    return None if mark.parsed.ids is None else unordered(mark.parsed.ids)
 
 
 def clusters(task: CertificateTask, instances: Sequence[Instance]) -> list[int]:

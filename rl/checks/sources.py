@@ -7,7 +7,7 @@ import numpy as np
 
 from ..statistics import ALIKE, alike_interval, wilson_interval
 from ..tasks.base import CertificateTask, Instance, Mark
-from .reading import clusters, rate, read, unordered
+from .reading import clusters, rate, read, stated, unordered
 from .result import CheckResult, judge, not_run
 
 OTHER_LIKELIHOOD = 1e-3  # what an unknown source gives to any one answer
@@ -82,7 +82,7 @@ def heuristic_agreement(task: CertificateTask, instances: Sequence[Any], answers
     worst = None
     for name, ids in rules.items():
         places = [i for i, mark in enumerate(marks) if not ids[i][1]]
-        score = [float(_same(marks[i], ids[i][0])) - float(marks[i].certificate_right) for i in places]
+        score = [float(stated(marks[i]) == ids[i][0]) - float(marks[i].certificate_right) for i in places]
         found = rate(score, [groups[i] for i in places], -1.0)
         if worst is None or found["value"] > worst[1]["value"]:
             worst = (name, found)
@@ -132,10 +132,6 @@ def _rules(task: CertificateTask, instances: list[Instance]) -> tuple[list[str],
     return merged, rules
 
 
-def _same(mark: Mark, ids: tuple[int, ...]) -> bool:
-    return mark.parsed.ids is not None and unordered(mark.parsed.ids) == ids
-
-
 def _optimal(mark: Mark) -> bool:
     return mark.check is not None and mark.check.optimal
 
@@ -148,7 +144,7 @@ def _likelihood(marks: list[Mark], rules: dict[str, list[tuple[Any, bool]]]) -> 
         if _optimal(mark):
             table[row, 0] = max(1 / mark.solution.n_optima, LEAST_TRUTH)
         for column, ids in enumerate(rules.values(), start=1):
-            table[row, column] = float(_same(mark, ids[row][0]))
+            table[row, column] = float(stated(mark) == ids[row][0])
     return table
 
 
@@ -159,7 +155,7 @@ def _disagreement(marks: list[Mark], instances: list[Instance], rules: Any, grou
         places = [i for i in range(len(marks)) if not ids[i][1]]
         own = [groups[i] for i in places]
         truth = [_optimal(marks[i]) for i in places]
-        follows = [_same(marks[i], ids[i][0]) for i in places]
+        follows = [stated(marks[i]) == ids[i][0] for i in places]
         neither = [not (a or b) for a, b in zip(truth, follows, strict=True)]
         shares = {"truth": truth, "heuristic": follows, "neither": neither}
         table[name] = {what: rate(flags, own) for what, flags in shares.items()}
@@ -177,5 +173,5 @@ def _chance(marks: list[Mark], instances: list[Instance], ids: Any, places: list
         for here, there in zip(same, same[len(same) // 2 :] + same[: len(same) // 2], strict=True):
             if instances[here] != instances[there]:
                 total += 1
-                hits += _same(marks[here], ids[there][0])
+                hits += stated(marks[here]) == ids[there][0]
     return hits / total if total else 0.0

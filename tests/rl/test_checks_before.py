@@ -258,6 +258,64 @@ def test_monitored_pays_alike_and_logs_each_sample_by_split_and_size():
     assert {n for n, _ in logged if n.startswith("lis/n")} >= {f"lis/n{one.n}/gap" for one in instances}
 
 
+def test_monitored_logs_whom_the_samples_follow_where_a_heuristic_is_wrong():
+    some = LIS.instances(30, (10, 14), split="test")
+    policies = checks.scripted_policies(LIS)
+    for policy, wanted in (("perfect", -1.0), ("beam2", 1.0), ("constant", 0.0)):
+        logged = {}
+        texts = policies[policy](some)
+        checks.Monitored(CertificateReward(LIS), LIS)(
+            completions=texts,
+            instance=[LIS.to_json(one) for one in some],
+            log_metric=lambda name, value, logged=logged: logged.setdefault(name, []).append(value),
+        )
+        agreement = checks.heuristic_agreement(LIS, some, texts).details["disagreement"]
+        for name in LIS.heuristics:
+            wrong = [one for one in some if name not in LIS.fooled(one)]
+            values = logged[f"lis/follows/{name}"]
+            assert len(values) == len(wrong) and agreement[name]["truth"]["n"] == len(wrong)
+            assert sum(values) / len(values) == pytest.approx(
+                agreement[name]["heuristic"]["value"] - agreement[name]["truth"]["value"]
+            )
+        assert sum(logged["lis/follows/beam2"]) == wanted * len(logged["lis/follows/beam2"])
+
+
+def test_monitored_waits_for_an_asynchronous_reward():
+    async def late(completions, **columns):
+        return [0.5] * len(completions)
+
+    assert checks.Monitored(late, LIS)(completions=["a", "b"]) == [0.5, 0.5]
+
+
+def _course(name, values):
+    return [{"step": i, name: value} for i, value in enumerate(values)]
+
+
+def test_a_gap_that_widens_is_told_from_one_that_stays():
+    noise = [0.01 * (-1) ** i for i in range(30)]
+    assert checks.gap_rise(_course("lis/all/gap", [0.3 + e for e in noise]), "lis/all/gap").verdict == "pass"
+    wide = checks.gap_rise(_course("lis/all/gap", [i / 30 + e for i, e in enumerate(noise)]), "lis/all/gap")
+    assert wide.verdict == "fail" and wide.value == pytest.approx(20 / 30, abs=0.02)
+    assert wide.ci[0] < wide.value < wide.ci[1] and wide.n == 30
+    assert checks.gap_rise(_course("lis/all/gap", [0.0, 0.5, 0.1] * 3), "lis/all/gap").verdict == "warn"
+    assert checks.gap_rise(_course("lis/all/gap", [0.0] * 9), "lis/all/gap").verdict == "pass"
+    assert checks.gap_rise(_course("lis/all/gap", [0.0] * 8), "lis/all/gap").verdict == "not run"
+
+
+def test_the_heuristic_that_is_followed_at_the_end_is_named():
+    noise = [0.01 * (-1) ** i for i in range(12)]
+    logs = _course("lis/follows/beam2", [-0.6 + i / 10 + e for i, e in enumerate(noise)])
+    for log in logs:
+        log["lis/follows/greedy_min"] = -0.4
+    found = checks.followed(logs, "lis")
+    assert (found.verdict, found.details["heuristic"]) == ("fail", "beam2") and found.value > 0.3
+    assert found.details["heuristics"]["beam2"]["start"] < 0
+    assert checks.followed(logs[:9], "lis").verdict == "warn"
+    assert checks.followed(_course("lis/follows/beam2", noise[:9]), "lis").verdict == "warn"
+    assert checks.followed(_course("lis/follows/beam2", [-0.5, -0.4, -0.6] * 3), "lis").verdict == "pass"
+    assert checks.followed(logs[:8], "lis").verdict == checks.followed(logs, "activity").verdict == "not run"
+
+
 def _logs(entropy, **extra):
     return [{"step": i, "entropy": value, "reward": 0.5, **extra} for i, value in enumerate(entropy)]
 
@@ -269,6 +327,9 @@ def test_collapse_sees_a_fall_that_lasts_and_not_a_dip():
     assert checks.collapse(_logs([*steady, 1.2, 1.2, 1.2])).verdict == "fail"
     assert checks.collapse(_logs([*steady, 0.5, 0.5, 0.5, 4.5, 4.5, 4.5])).verdict == "warn"
     assert checks.collapse(_logs(steady, frac_reward_zero_std=1.0)).verdict == "warn"
+    cut = checks.collapse(_logs(steady, **{"completions/clipped_ratio": 1.0}))
+    assert cut.verdict == "warn" and cut.details["cut"] and not cut.details["dead_groups"]
+    assert checks.collapse(_logs(steady, **{"completions/clipped_ratio": 0.5})).verdict == "pass"
     assert checks.collapse(_logs(steady[:4])).verdict == "not run"
 
 

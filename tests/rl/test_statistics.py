@@ -4,7 +4,7 @@ import statistics
 import pytest
 
 from krontune.rl import RlError, paired_difference, wilson_interval
-from krontune.rl.statistics import alike_interval, clustered_mean
+from krontune.rl.statistics import alike_interval, clustered_mean, difference_of_means, mean_interval
 
 
 @pytest.mark.parametrize(
@@ -150,3 +150,19 @@ def test_a_rate_that_never_varied_still_has_an_interval():
         clustered_mean([], [])
     with pytest.raises(RlError):
         clustered_mean([1.0], [1, 2])
+
+
+def test_intervals_of_means_are_those_of_scipy():
+    stats = pytest.importorskip("scipy.stats")
+    rng = random.Random(2)
+    first, second = [rng.gauss(1, 2) for _ in range(5)], [rng.gauss(0, 1) for _ in range(8)]
+    known = stats.ttest_ind(first, second, equal_var=False)
+    value, low, high = difference_of_means(first, second)
+    assert (low, high) == pytest.approx(tuple(known.confidence_interval(0.95)))
+    assert value == pytest.approx(statistics.fmean(first) - statistics.fmean(second))
+    known = stats.ttest_1samp(first, 0)
+    assert mean_interval(first)[1:] == pytest.approx(tuple(known.confidence_interval(0.95)))
+    assert difference_of_means([1.0, 1.0], [0.5, 0.5]) == (0.5, 0.5, 0.5)
+    for call in (lambda: mean_interval([1.0]), lambda: difference_of_means([1.0], [1.0, 2.0])):
+        with pytest.raises(RlError, match="2 values"):
+            call()
