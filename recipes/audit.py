@@ -29,13 +29,15 @@ from .rows import Row, source_rows
 from .schema import Recipe, Rl, Sft, Verify
 
 FILE_WIDTH = 120
+NO_MODEL = "an audit loads no model; a verify stage with samples makes it of the model that the rl stage begins with"
 
 
 def audit(recipe: Recipe) -> list[CheckResult]:
     """Soundness, verifier, heuristics, shortcut ceiling and contamination, each with its own verdict.
 
     Over a task they are those of `krontune.rl.checks`; over data of one's own, where no task knows the near misses,
-    they are made from the rows, see `krontune.rl.checks.rows`. Nothing is trained and no model is loaded.
+    they are made from the rows, see `krontune.rl.checks.rows`. Nothing is trained and no model is loaded, so that
+    `headroom`, which asks one, is not run and says what would run it.
 
     Raises:
         RecipeError: there is no rl stage, or its task, data or reward cannot be built.
@@ -45,7 +47,7 @@ def audit(recipe: Recipe) -> list[CheckResult]:
         raise RecipeError([Fault(recipe.where(("stages",)), "there is no rl stage, so there is no reward to audit")])
     found: list[CheckResult] = []
     for stage in stages:
-        mine = _of_stage(recipe, stage)
+        mine = [*_of_stage(recipe, stage), not_run("headroom", NO_MODEL)]
         # With one there is nothing to tell apart.
         named = {"stage": recipe.name_of(stage)} if len(stages) > 1 else {}
         found += [replace(one, details={**named, **one.details}) for one in mine]

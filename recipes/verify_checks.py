@@ -162,11 +162,7 @@ def curves(said: Answers) -> dict[str, Any]:
     for name, drawn in said.samples.items():
         marks = [[said.task.mark(one, text) for text in own] for one, own in zip(said.instances, drawn, strict=True)]
         values = [said.task.solution(one).value for one in said.instances]
-        ids = [[_vote(said.task, one, m) for m in own] for one, own in zip(said.instances, marks, strict=True)]
-        optimal = [
-            {vote for vote, m in zip(votes, own, strict=True) if m.certificate_right}
-            for votes, own in zip(ids, marks, strict=True)
-        ]
+        ids, optimal = _votes(said, drawn)
         table[name] = {
             "pass_certificate": checks.pass_curve(said.right(name)),
             "pass_answer": checks.pass_curve([[int(m.answer_right) for m in own] for own in marks]),
@@ -174,6 +170,17 @@ def curves(said: Answers) -> dict[str, Any]:
             "con_answer": checks.con_curve([[m.parsed.answer for m in own] for own in marks], values),
         }
     return table
+
+
+def _votes(said: Answers, drawn: Sequence[Sequence[str]]) -> tuple[list[list[Any]], list[set[Any]]]:
+    """The stated certificates of samples, and those of them that are optimal, for each instance."""
+    marks = [[said.task.mark(one, text) for text in own] for one, own in zip(said.instances, drawn, strict=True)]
+    votes = [[_vote(said.task, one, mark) for mark in own] for one, own in zip(said.instances, marks, strict=True)]
+    optimal = [
+        {vote for vote, mark in zip(names, own, strict=True) if mark.certificate_right}
+        for names, own in zip(votes, marks, strict=True)
+    ]
+    return votes, optimal
 
 
 def _vote(task: CertificateTask, one: Instance, mark: Mark) -> Any:
@@ -193,12 +200,16 @@ def _tried(name: str, way: Callable[[], CheckResult]) -> CheckResult:
 
 
 def _base_vs_tuned(said: Answers) -> list[CheckResult]:
-    """Each trained model against the base, and each against the one before it."""
+    """Each trained model against the base, and each against the one before it: by certificate, alone and by votes."""
     trained = _models(said)
     pairs = [("base", name) for name in trained[1:]] + list(zip(trained[1:], trained[2:], strict=False))
     found = []
     for first, second in pairs:
-        result = checks.base_vs_tuned(said.right(first), said.right(second))
+        votes = None
+        if said.samples:
+            (before, some), (after, others) = (_votes(said, said.samples[name]) for name in (first, second))
+            votes = before, after, [a | b for a, b in zip(some, others, strict=True)]
+        result = checks.base_vs_tuned(said.right(first), said.right(second), votes=votes)
         found.append(replace(result, details={"models": [first, second], **result.details}))
     return found or [not_run("base_vs_tuned", "the run trained no model")]
 

@@ -11,6 +11,7 @@ from ..statistics import ALIKE, alike_interval, bootstrap_interval
 from .result import CheckResult
 
 DRAWS = 200
+Votes = Sequence[Sequence[Hashable]]
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:
@@ -70,29 +71,30 @@ def pass_curve(right: Sequence[Sequence[Any]], ks: Sequence[int] | None = None) 
     return {"k": chosen, **_means(table), "n": len(table)}
 
 
-def con_curve(
-    votes: Sequence[Sequence[Hashable]], right: Sequence[Hashable | set[Any]], ks: Sequence[int] | None = None
-) -> dict[str, Any]:
+def con_curve(votes: Votes, right: Sequence[Hashable | set[Any]], ks: Sequence[int] | None = None) -> dict[str, Any]:
     """con@k over instances, in the form of `pass_curve`.
 
     votes: n stated answers for each of N instances, None for no vote. right: (N,) the right answer of each,
     or the set of them.
     """
-    chosen = list(ks) if ks is not None else ladder(len(votes[0]))
-    rows = zip(votes, right, strict=True)
-    table = np.array([[con_at_k(own, value, k) for k in chosen] for own, value in rows])  # (N, K)
+    table, chosen = _con_table(votes, right, ks)  # (N, K)
     return {"k": chosen, **_means(table), "n": len(table)}
 
 
 def base_vs_tuned(
-    base: Sequence[Sequence[Any]], tuned: Sequence[Sequence[Any]], ks: Sequence[int] | None = None
+    base: Sequence[Sequence[Any]],
+    tuned: Sequence[Sequence[Any]],
+    ks: Sequence[int] | None = None,
+    votes: tuple[Votes, Votes, Sequence[Hashable | set[Any]]] | None = None,
 ) -> CheckResult:
     """pass@k of the tuned model against the base on the same instances, and the k where the base overtakes.
 
     base, tuned: (N, n) of 0 and 1, the same N instances in the same order. value: tuned minus base at k = 1,
     threshold 0, by a paired bootstrap over instances; where all instances differ alike, by `alike_interval`. details:
     both curves, the difference at each k with its interval, `crossing`: the smallest k from which the base is ahead
-    (None: never), with `crossing_share`, the share of bootstrap resamples in which there is one. Departures from the
+    (None: never), with `crossing_share`, the share of bootstrap resamples in which there is one. votes: the base's
+    answers, the tuned model's and the right ones, as `con_curve` takes them; then details["con"] compares con@k alike.
+    Departures from the
     plain verdict: "pass" and "fail" need an interval wholly above or below 0, so that equal models get "warn"; and a
     pass becomes "warn" where the base is surely ahead at the largest k, that is, where training has narrowed what the
     model can find.
@@ -117,7 +119,21 @@ def base_vs_tuned(
         "crossing": _crossing(means, chosen),
         "crossing_share": _crossing_share(change),
     }
+    if votes is not None:
+        first, _ = _con_table(votes[0], votes[2], chosen)
+        second, _ = _con_table(votes[1], votes[2], chosen)
+        curves = {"base": _means(first), "tuned": _means(second), "difference": _means(second - first, lowest=-1.0)}
+        details["con"] = {"k": chosen, **curves}
     return CheckResult("base_vs_tuned", means[0], (low[0], high[0]), len(first), 0.0, verdict, details)
+
+
+def _con_table(
+    votes: Votes, right: Sequence[Hashable | set[Any]], ks: Sequence[int] | None
+) -> tuple[np.ndarray, list[int]]:
+    """(N, K): con@k of each instance, and the ks."""
+    chosen = list(ks) if ks is not None else ladder(len(votes[0]))
+    rows = zip(votes, right, strict=True)
+    return np.array([[con_at_k(own, value, k) for k in chosen] for own, value in rows]), chosen
 
 
 def _means(table: np.ndarray, lowest: float = 0.0) -> dict[str, list[float]]:

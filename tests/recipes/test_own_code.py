@@ -72,6 +72,7 @@ def test_the_example_of_the_page_has_no_faults_and_runs_guarded(shout):
 def test_the_example_passes_the_audit_and_a_reward_that_pays_anything_fails_it(shout):
     found = {one.name: one.verdict for one in audit(load(shout, ["stages.rl.guard=null"]))}
     assert found["soundness"] == found["verifier"] == "pass" and found["contamination"] == "not run"
+    assert found["headroom"] == "not run"
     paid = audit(
         load(
             shout,

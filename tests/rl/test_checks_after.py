@@ -110,6 +110,24 @@ def test_a_base_that_is_ahead_at_every_k_crosses_in_every_resample():
     assert found["crossing"] == 1 and found["crossing_share"] > 0.99
 
 
+def test_con_at_k_of_base_and_tuned_is_compared_on_the_same_instances():
+    rng = random.Random(4)
+    right = [rng.randint(1, 5) for _ in range(80)]
+    unsure = [[rng.choice([value, value, value, 7, 8]) for _ in range(8)] for value in right]
+    lost = [[9] * 8 if rng.random() < 0.3 else [value] * 8 for value in right]
+    flags = [[[int(vote == value) for vote in own] for own, value in zip(votes, right, strict=True)]
+             for votes in (unsure, lost)]  # fmt: skip
+    con = checks.base_vs_tuned(*flags, votes=(unsure, lost, right)).details["con"]
+    for name, votes in (("base", unsure), ("tuned", lost)):
+        assert con[name]["value"] == checks.con_curve(votes, right)["value"]
+    change = con["difference"]
+    assert change["value"] == pytest.approx(
+        [b - a for a, b in zip(con["base"]["value"], con["tuned"]["value"], strict=True)]
+    )
+    assert change["value"][0] > 0 > change["high"][-1], "by vote the unsure model is the better one"
+    assert "con" not in checks.base_vs_tuned(*flags).details
+
+
 def test_base_vs_tuned_refuses_what_is_not_paired():
     with pytest.raises(RlError, match="same instances"):
         checks.base_vs_tuned([[1, 0]], [[1, 0], [0, 1]])
