@@ -1,7 +1,7 @@
 """The checks before training, on the task, the data and the reward of a recipe's rl stage."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +13,7 @@ from rich.table import Table
 
 from ..data_selection.files import write_atomic
 from ..data_selection.texts import row_text
-from ..rl import Guarded, checks
+from ..rl import Guarded, RlError, checks
 from ..rl.checks import CheckResult
 from ..rl.checks.result import not_run
 from ..rl.checks.rows import held_out_overlap, pay_rows, rows_heuristics, rows_soundness, rows_verifier
@@ -75,15 +75,23 @@ def _of_stage(recipe: Recipe, stage: Rl) -> list[CheckResult]:
         if task is not None and stage.task is not None:
             n = stage.task.n
             return [
-                checks.soundness(task, n),
-                checks.verifier(reward, task, n),
-                checks.heuristics(task, reward, n),
-                checks.shortcut_ceiling(task, n),
+                tried("soundness", lambda: checks.soundness(task, n)),
+                tried("verifier", lambda: checks.verifier(reward, task, n)),
+                tried("heuristics", lambda: checks.heuristics(task, reward, n)),
+                tried("shortcut_ceiling", lambda: checks.shortcut_ceiling(task, n)),
             ]
         return _of_rows(stage, reward, rows)
     finally:
         if isinstance(reward, Guarded):
             reward.close()
+
+
+def tried(name: str, way: Callable[[], CheckResult]) -> CheckResult:
+    """What a check cannot do with this task or these answers is said in the report; the others are not lost for it."""
+    try:
+        return way()
+    except RlError as error:
+        return not_run(name, str(error))
 
 
 def _of_rows(stage: Rl, reward: Any, rows: list[Row]) -> list[CheckResult]:

@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from ..data_selection import DataSelectionError
-from ..rl import CertificateReward, CertificateTask, RlError, checks
+from ..rl import CertificateReward, CertificateTask, checks
 from ..rl.checks import CheckResult
 from ..rl.checks.reading import states_rows, unordered
 from ..rl.checks.result import not_run
 from ..rl.checks.rows import held_out_overlap
 from ..rl.tasks import Instance
 from ..rl.tasks.base import Mark
-from .audit import training_texts
+from .audit import training_texts, tried
 from .links import rl_of
 from .models import Model
 from .names import is_control, parts
@@ -93,9 +93,9 @@ def while_loaded(recipe: Recipe, stage: Verify, run: Path, said: Answers, model:
         "self_explanation": lambda: checks.self_explanation(task, few, policy("explained"), explain),
         "contamination": lambda: _completed(stage, said, model),
     }
-    found = {name: [_tried(name, ways[name])] for name in wanted(stage, ASKED)}
+    found = {name: [tried(name, ways[name])] for name in wanted(stage, ASKED)}
     if "contamination" in found:
-        found["contamination"].insert(0, _tried("contamination", lambda: _overlap(recipe, stage, run, said)))
+        found["contamination"].insert(0, tried("contamination", lambda: _overlap(recipe, stage, run, said)))
     return found
 
 
@@ -122,7 +122,7 @@ def after_answers(recipe: Recipe, stage: Verify, said: Answers) -> Found:
     answers = said.greedy[said.last]
     ways |= {name: lambda name=name: getattr(checks, name)(task, said.instances, answers) for name in OF_ANSWERS}
     try:
-        found = {name: [_tried(name, ways[name])] for name in wanted(stage, tuple(ways))}
+        found = {name: [tried(name, ways[name])] for name in wanted(stage, tuple(ways))}
     finally:
         guard = guard_of(made()[0]) if made.cache_info().currsize else None
         if guard is not None:
@@ -130,7 +130,7 @@ def after_answers(recipe: Recipe, stage: Verify, said: Answers) -> Found:
     if wanted(stage, ["base_vs_tuned"]):
         found["base_vs_tuned"] = _base_vs_tuned(said)
     if stage.checks and stage.samples or wanted(stage, ["headroom"]):
-        found["headroom"] = [_tried("headroom", lambda: _headroom(recipe, stage, said))]
+        found["headroom"] = [tried("headroom", lambda: _headroom(recipe, stage, said))]
     return found
 
 
@@ -189,14 +189,6 @@ def _vote(task: CertificateTask, one: Instance, mark: Mark) -> Any:
     if ids is None or not mark.parsed.ok:
         return None
     return unordered(ids) if states_rows(task, one) else tuple(ids)
-
-
-def _tried(name: str, way: Callable[[], CheckResult]) -> CheckResult:
-    """What a check cannot do with this task or these answers is said in the report; the run is not lost for it."""
-    try:
-        return way()
-    except RlError as error:
-        return not_run(name, str(error))
 
 
 def _base_vs_tuned(said: Answers) -> list[CheckResult]:

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from ..statistics import ALIKE, alike_interval, wilson_interval
+from ..statistics import alike_interval, wilson_interval
 from ..tasks.base import CertificateTask, Instance, Mark
 from .reading import clusters, rate, read, stated, unordered
 from .result import CheckResult, judge, not_run
@@ -50,12 +50,13 @@ def attribution(
     shares = {name: float(weight) for name, weight in zip(names, weights, strict=True)}
     shares.update(dict.fromkeys(merged, 0.0))
     interval = (float(low[0]), float(high[0]))
-    if shares["truth"] == 1.0 or interval[1] - interval[0] < ALIKE:  # the bootstrap of what never varied is a point
+    least = 0.5 / size  # resamples whose shares differ by less have not varied, up to the rounding of the mixture
+    if interval[1] - interval[0] < least:  # the bootstrap of what never varied is a point
         interval = wilson_interval(round(shares["truth"] * size), size)
     verdict = judge(interval, threshold)
     ahead = drawn[:, 0] - drawn[:, 1:-1].sum(axis=1)  # (resamples,)
     most = float(np.quantile(ahead, 0.975))
-    if np.ptp(ahead) < ALIKE:
+    if np.ptp(ahead) < least:
         most = alike_interval(float(np.clip(ahead[0], -1.0, 1.0)), size)[1]
     if most < 0:
         verdict = "fail"

@@ -212,6 +212,15 @@ def test_attribution_fails_for_heuristics_only_where_they_surely_outweigh_the_tr
     assert checks.attribution(LIS, INSTANCES, many).verdict == "fail"
 
 
+def test_a_source_that_was_never_met_may_still_have_a_share():
+    """The mixture only tends to 0, and the bootstrap of that is no interval."""
+    task = get_task("activity_weighted")
+    some = task.instances(96, (3, 5), split="test")
+    answers = mixture_policy(task, {"heaviest": 0.1, "shortest": 0.1, "random": 0.8})(some)
+    found = checks.attribution(task, some, answers)
+    assert 0 < found.value < 1e-9 and found.ci == wilson_interval(0, 96) and found.verdict == "fail"
+
+
 def test_the_disagreement_set_shows_whom_the_answers_follow():
     answers = mixture_policy(LIS, {"perfect": 0.5, "beam2": 0.5})(INSTANCES)
     row = checks.attribution(LIS, INSTANCES, answers).details["disagreement"]["beam2"]
@@ -336,6 +345,22 @@ def test_false_claims_under_right_answers_are_told():
     assert told.value == 1.0 and told.verdict == "warn" and told.details["worked"]["false"]["count"] == 96
     honest = checks.process_claims(LIS, INSTANCES, POLICIES["perfect"](INSTANCES))
     assert honest.verdict == "not run" and honest.details == {"reason": "no claim was made that is false"}
+
+
+def test_an_order_that_is_not_the_order_of_ends_is_a_false_claim():
+    task = get_task("activity")
+    some = task.instances(30, (6, 9), split="test")
+    right = [task.completion(one) for one in some]
+    turned = []
+    for one, text in zip(some, right, strict=True):
+        order = task.preface(one)
+        swapped = (order[1], order[0], *order[2:])
+        turned.append(text.replace(",".join(map(str, order)), ",".join(map(str, swapped)), 1))
+    told = checks.process_claims(task, [*some, *some], [*right, *turned])
+    claim = told.details["sorted"]
+    assert (claim["made"], claim["true"]["count"], claim["false"]["count"]) == (60, 30, 30)
+    assert claim["true"]["accuracy"] == claim["false"]["accuracy"] == 1.0 and told.value == 1.0
+    assert told.verdict == "warn" and told.n == 30 and 0.5 < claim["common_stretch"] < 1
 
 
 def test_the_sorted_preface_is_read_up_to_the_choice():
