@@ -13,7 +13,7 @@ from ..tasks.base import CertificateTask, Check, Instance
 from ..tasks.splits import SPLITS, stream
 from .policies import scripted_policies
 from .reading import awaited, mark
-from .result import CheckResult, judge, not_run
+from .result import CheckResult, judge, not_run, severity
 
 Reward = Callable[..., Any]  # a sequence of numbers and None, or a coroutine of one
 SHIFTED = 0.1  # two seeds that share more than this at one distance give the same stream
@@ -263,7 +263,7 @@ def contamination(
     if not details:
         return not_run("contamination", "give train texts, or complete= and fresh= texts", len(texts))
     verdicts = {name: judge(ci, threshold, high_is_good=False) for name, (_, ci) in measured.items()}
-    worst = max(measured, key=lambda name: (("pass", "warn", "fail").index(verdicts[name]), measured[name][0]))
+    worst = max(measured, key=lambda name: (severity(verdicts[name]), measured[name][0]))
     value, ci = measured[worst]
     details["decided_by"] = worst
     return CheckResult("contamination", value, ci, len(texts), threshold, verdicts[worst], details)

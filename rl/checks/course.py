@@ -8,7 +8,7 @@ from statistics import fmean
 from typing import Any
 
 from ..statistics import difference_of_means, mean_interval
-from .result import CheckResult, judge, not_run
+from .result import CheckResult, judge, not_run, severity
 
 LEAST = 9  # log entries: three in each third
 FOLLOWS = "follows"  # Monitored logs "<task>/follows/<heuristic>"
@@ -39,9 +39,9 @@ def followed(logs: Sequence[Mapping[str, Any]], task: str, threshold: float = 0.
 
     logs: the trainer's log entries in order, with what `Monitored` logs as "<task>/follows/<heuristic>": of the samples
     on which this heuristic is not optimal, the share that state its ids minus the share that state an optimum. value:
-    its mean over the last third of the entries, of the heuristic where it is largest, with Student's interval over
-    entries; threshold 0. details: each heuristic at the start and at the end. n counts entries, as in `gap_rise`.
-    Not run under 9 entries of every heuristic.
+    its mean over the last third of the entries, with Student's interval over entries, of the heuristic with the worst
+    verdict, of several the one where it is largest; threshold 0. details: each heuristic at the start and at the end. n
+    counts entries, as in `gap_rise`. Not run under 9 entries of every heuristic.
     """
     start = f"{task}/{FOLLOWS}/"
     names = sorted({name for log in logs for name in log if name.startswith(start)})
@@ -53,9 +53,9 @@ def followed(logs: Sequence[Mapping[str, Any]], task: str, threshold: float = 0.
         third = len(values) // 3
         value, low, high = mean_interval(values[-third:])
         table[name] = {"start": fmean(values[:third]), "end": value, "ci": (low, high), "entries": len(values)}
-    worst = max(table, key=lambda name: table[name]["end"])
-    found = table[worst]
-    verdict = judge(found["ci"], threshold, high_is_good=False)
+    verdicts = {name: judge(found["ci"], threshold, high_is_good=False) for name, found in table.items()}
+    worst = max(table, key=lambda name: (severity(verdicts[name]), table[name]["end"]))
+    found, verdict = table[worst], verdicts[worst]
     details = {"heuristic": worst, "heuristics": table}
     return CheckResult("followed", found["end"], found["ci"], found["entries"], threshold, verdict, details)
 

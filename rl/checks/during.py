@@ -211,7 +211,7 @@ def _spearman(x: Sequence[float], y: Sequence[float]) -> float:
 def _fisher(correlation: float, n: int) -> tuple[float, float]:
     """The 95 % interval of a rank correlation of n points; one of 1 is taken for 0.999, whose transform is finite."""
     middle = atanh(max(-0.999, min(0.999, correlation)))
-    half = 1.96 * sqrt((1 + correlation**2 / 2) / (n - 3))
+    half = 1.96 * sqrt((1 + correlation**2 / 2) / max(1, n - 3))
     return tanh(middle - half), tanh(middle + half)
 
 

@@ -131,6 +131,11 @@ def _con_table(
     votes: Votes, right: Sequence[Hashable | set[Any]], ks: Sequence[int] | None
 ) -> tuple[np.ndarray, list[int]]:
     """(N, K): con@k of each instance, and the ks."""
+    if not len(votes) or len(votes) != len(right) or len({len(own) for own in votes}) != 1:
+        raise RlError(
+            "con@k needs as many answers for each instance, and the right one; got those of "
+            f"{len(votes)} instances and {len(right)} right ones"
+        )
     chosen = list(ks) if ks is not None else ladder(len(votes[0]))
     rows = zip(votes, right, strict=True)
     return np.array([[con_at_k(own, value, k) for k in chosen] for own, value in rows]), chosen

@@ -8,7 +8,7 @@ import numpy as np
 from ..statistics import alike_interval, wilson_interval
 from ..tasks.base import CertificateTask, Instance, Mark
 from .reading import clusters, rate, read, stated, unordered
-from .result import CheckResult, judge, not_run
+from .result import CheckResult, judge, not_run, severity
 
 OTHER_LIKELIHOOD = 1e-3  # what an unknown source gives to any one answer
 LEAST_TRUTH = 1e-2  # the likelihood of one optimum of many under "some optimum", bounded well above the former
@@ -73,26 +73,26 @@ def attribution(
 def heuristic_agreement(task: CertificateTask, instances: Sequence[Any], answers: Sequence[Any]) -> CheckResult:
     """How much more often answers follow a heuristic than the truth, where the two differ; the worst heuristic.
 
-    value: over heuristics, the largest share following it minus the share following the truth, on the
-    instances where it is not optimal; threshold 0. The interval is that heuristic's own, over instances. Cheap
+    value: the share following it minus the share following the truth, on the instances where it is not optimal;
+    threshold 0. The interval is that heuristic's own, over instances. The worst is the one with the worst verdict, of
+    several the one with the largest value, so that a heuristic that differs on few instances hides no other. Cheap
     enough for every step of training. Not run where every heuristic is optimal on all instances.
     """
     read_instances, marks = read(task, instances, answers)
     groups = clusters(task, read_instances)
     rules = _rules(task, read_instances)[1]
-    worst = None
+    measured = {}
     for name, ids in rules.items():
         places = [i for i, mark in enumerate(marks) if not ids[i][1]]
         score = [float(stated(marks[i]) == ids[i][0]) - float(marks[i].certificate_right) for i in places]
-        found = rate(score, [groups[i] for i in places], -1.0)
-        if worst is None or found["value"] > worst[1]["value"]:
-            worst = (name, found)
-    if worst is None:
+        measured[name] = rate(score, [groups[i] for i in places], -1.0)
+    if not measured:
         return not_run("heuristic_agreement", "every heuristic is optimal on these instances", len(set(groups)))
-    name, found = worst
+    verdicts = {name: judge(found["ci"], 0.0, high_is_good=False) for name, found in measured.items()}
+    name = max(measured, key=lambda name: (severity(verdicts[name]), measured[name]["value"]))
+    found, verdict = measured[name], verdicts[name]
     table = _disagreement(marks, read_instances, rules, groups)
     details = {"heuristic": name, "disagreement": table}
-    verdict = judge(found["ci"], 0.0, high_is_good=False)
     return CheckResult("heuristic_agreement", found["value"], found["ci"], found["n"], 0.0, verdict, details)
 
 

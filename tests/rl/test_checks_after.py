@@ -62,6 +62,12 @@ def test_con_at_k_counts_no_vote_for_unreadable_answers():
         checks.con_at_k([1, 2], 1, 3)
 
 
+@pytest.mark.parametrize(("votes", "right"), [([], []), ([[1, 2]], [1, 2]), ([[1, 2], [1]], [1, 2])])
+def test_votes_that_make_no_table_are_refused(votes, right):
+    with pytest.raises(RlError, match="as many answers"):
+        checks.con_curve(votes, right)
+
+
 def test_several_right_answers_each_keep_their_own_votes():
     answers = ["a", "b", "x", "x", None]
     assert checks.con_at_k(answers, {"a", "b"}, 5) == 0.0

@@ -11,6 +11,7 @@ import pytest
 from krontune.rl import CertificateReward, RlError, checks, get_task
 from krontune.rl.checks.during import _spearman
 from krontune.rl.checks.rows import held_out_overlap, rows_heuristics
+from krontune.rl.statistics import wilson_interval
 
 sys.path.insert(0, str(Path(__file__).parent))
 import hostile_rewards  # noqa: E402
@@ -242,6 +243,23 @@ def test_heuristic_agreement_names_the_heuristic():
     beam = checks.heuristic_agreement(LIS, instances, policies["beam3"](instances))
     assert (beam.verdict, beam.details["heuristic"], beam.value) == ("fail", "beam3", 1.0)
     assert checks.heuristic_agreement(LIS, instances, policies["perfect"](instances)).value == -1.0
+
+
+def test_a_heuristic_that_differs_on_one_instance_hides_no_other():
+    task = get_task("lis")
+    some = task.instances(60, (10, 14), split="test", discriminating=True)
+    beam, rare = task.heuristics["beam2"], some[0]
+    task.heuristics = {
+        "beam2": beam,
+        "rare": lambda one: beam(one) if one.rows == rare.rows else task.solve(one).certificate,
+    }
+    answers = [beam(one) if i < 48 else task.solve(one).certificate for i, one in enumerate(some)]
+    found = checks.heuristic_agreement(task, some, answers)
+    assert (found.verdict, found.details["heuristic"], found.n) == ("fail", "beam2", 60)
+    assert found.details["disagreement"]["rare"]["heuristic"] == {"value": 1.0, "ci": wilson_interval(1, 1), "n": 1}
+    logs = [{"lis/follows/beam2": 0.3 + 0.01 * (i % 2), "lis/follows/rare": i % 2 - 0.1} for i in range(12)]
+    followed = checks.followed(logs, "lis")
+    assert (followed.verdict, followed.details["heuristic"]) == ("fail", "beam2")
 
 
 def test_monitored_pays_alike_and_logs_each_sample_by_split_and_size():
