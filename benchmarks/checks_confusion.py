@@ -9,6 +9,7 @@ import time
 from measure import show
 
 from krontune.rl import CertificateReward, checks, get_task
+from krontune.rl.checks.policies import mixture_policy
 from krontune.rl.guard import Guarded
 
 SAMPLES, COUNT = 16, 256
@@ -20,7 +21,10 @@ def main(name: str) -> None:
     column = [task.to_json(one) for one in instances]
     rewards = {kind: Guarded(CertificateReward(task, kind)) for kind in ("answer", "certificate")}
     rows = []
-    for policy_name, policy in checks.scripted_policies(task).items():
+    policies = checks.scripted_policies(task)
+    rule = {"lis": "beam2", "activity_weighted": "densest"}.get(name, next(iter(task.heuristics)))
+    policies[f"30 % perfect, 70 % {rule}"] = mixture_policy(task, {"perfect": 0.3, rule: 0.7})
+    for policy_name, policy in policies.items():
         texts = policy(instances)
         paid = {kind: sum(reward(completions=texts, instance=column)) / COUNT for kind, reward in rewards.items()}
         results = after(task, instances, policy, texts)

@@ -1,7 +1,7 @@
 """The checks before training, on the task, the data and the reward of a recipe's rl stage."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +13,7 @@ from rich.table import Table
 
 from ..data_selection.files import write_atomic
 from ..data_selection.texts import row_text
-from ..rl import Guarded, checks
+from ..rl import Guarded, RlError, checks
 from ..rl.checks import CheckResult
 from ..rl.checks.result import not_run
 from ..rl.checks.rows import held_out_overlap, pay_rows, rows_heuristics, rows_soundness, rows_verifier
@@ -29,13 +29,15 @@ from .rows import Row, source_rows
 from .schema import Recipe, Rl, Sft, Verify
 
 FILE_WIDTH = 120
+NO_MODEL = "an audit loads no model; a verify stage with samples makes it of the model that the rl stage begins with"
 
 
 def audit(recipe: Recipe) -> list[CheckResult]:
     """Soundness, verifier, heuristics, shortcut ceiling and contamination, each with its own verdict.
 
     Over a task they are those of `krontune.rl.checks`; over data of one's own, where no task knows the near misses,
-    they are made from the rows, see `krontune.rl.checks.rows`. Nothing is trained and no model is loaded.
+    they are made from the rows, see `krontune.rl.checks.rows`. Nothing is trained and no model is loaded, so that
+    `headroom`, which asks one, is not run and says what would run it.
 
     Raises:
         RecipeError: there is no rl stage, or its task, data or reward cannot be built.
@@ -45,7 +47,7 @@ def audit(recipe: Recipe) -> list[CheckResult]:
         raise RecipeError([Fault(recipe.where(("stages",)), "there is no rl stage, so there is no reward to audit")])
     found: list[CheckResult] = []
     for stage in stages:
-        mine = _of_stage(recipe, stage)
+        mine = [*_of_stage(recipe, stage), not_run("headroom", NO_MODEL)]
         # With one there is nothing to tell apart.
         named = {"stage": recipe.name_of(stage)} if len(stages) > 1 else {}
         found += [replace(one, details={**named, **one.details}) for one in mine]
@@ -73,15 +75,23 @@ def _of_stage(recipe: Recipe, stage: Rl) -> list[CheckResult]:
         if task is not None and stage.task is not None:
             n = stage.task.n
             return [
-                checks.soundness(task, n),
-                checks.verifier(reward, task, n),
-                checks.heuristics(task, reward, n),
-                checks.shortcut_ceiling(task, n),
+                tried("soundness", lambda: checks.soundness(task, n)),
+                tried("verifier", lambda: checks.verifier(reward, task, n)),
+                tried("heuristics", lambda: checks.heuristics(task, reward, n)),
+                tried("shortcut_ceiling", lambda: checks.shortcut_ceiling(task, n)),
             ]
         return _of_rows(stage, reward, rows)
     finally:
         if isinstance(reward, Guarded):
             reward.close()
+
+
+def tried(name: str, way: Callable[[], CheckResult]) -> CheckResult:
+    """What a check cannot do with this task or these answers is said in the report; the others are not lost for it."""
+    try:
+        return way()
+    except RlError as error:
+        return not_run(name, str(error))
 
 
 def _of_rows(stage: Rl, reward: Any, rows: list[Row]) -> list[CheckResult]:
@@ -189,7 +199,7 @@ def _why(result: CheckResult) -> str:
     if result.name == "verifier":
         return "; ".join(_verifier_faults(details)) or f"slow: {details['latency']['p99_ms']:.0f} ms for a text"
     if result.name == "heuristics":
-        return f"{details['best']!r} earns {result.value:.2f} without solving anything"
+        return f"{details['best']!r} earns {result.value:.2f} of what a solution earns"
     if result.name == "shortcut_ceiling":
         return f"features of the input alone give the right answer in {result.value:.2f} of the instances"
     return f"{result.value:.3f} of the held-out prompts stand in what is trained on, e.g. {details['examples'][:1]}"

@@ -181,13 +181,13 @@ def _training(run: RunFiles) -> Iterator[str]:
 
 
 def _course(run: RunFiles, stage: str) -> dict[str, list[tuple[float, float]]]:
-    """What an rl stage logged of its samples, under the name that its task gives itself."""
-    keys = {"answer": "answer_accuracy", "certificate": "certificate_accuracy", "gap": "gap"}
+    """What an rl stage logged of its samples, under the name that its task gives itself, whatever paid them."""
+    keys = {"answer": "answer", "certificate": "optimal", "gap": "gap"}
     known = [key for line in run.metrics if line["stage"] == stage for key in line]
     return {
         name: run.series(stage, found)
         for name, key in keys.items()
-        if (found := next((one for one in known if one.count("/") == 1 and one.endswith(f"/{key}")), None))
+        if (found := next((one for one in known if one.endswith(f"/all/{key}")), None))
     }
 
 

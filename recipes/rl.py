@@ -141,6 +141,8 @@ def _reward_after(
     found = [alarms.result(), checks.collapse(alarms.logs)]
     if task is not None:
         found.append(checks.divergence(alarms.logs, f"{task.name}/all/optimal"))
+        found.append(checks.gap_rise(alarms.logs, f"{task.name}/all/gap"))
+        found.append(checks.followed(alarms.logs, task.name))
     if guard is not None:
         found.append(checks.verifier_health(sum(counts, Counter())))
     checks.write_report(without_secrets(found), folder / "rlvr_report.json", {"stage": name})

@@ -19,7 +19,7 @@ from .verify import RESULT
 REPORT_JSON = "rlvr_report.json"
 SCHEMA_VERSION = 1
 BEFORE = ("soundness", "verifier", "heuristics", "shortcut_ceiling", "headroom", "contamination")
-DURING = ("first_batch", "collapse", "divergence", "verifier_health")
+DURING = ("first_batch", "collapse", "divergence", "gap_rise", "followed", "verifier_health")
 
 
 @dataclass(frozen=True)

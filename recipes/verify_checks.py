@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from ..data_selection import DataSelectionError
-from ..rl import CertificateReward, CertificateTask, RlError, checks
+from ..rl import CertificateReward, CertificateTask, checks
 from ..rl.checks import CheckResult
 from ..rl.checks.reading import states_rows, unordered
 from ..rl.checks.result import not_run
 from ..rl.checks.rows import held_out_overlap
 from ..rl.tasks import Instance
 from ..rl.tasks.base import Mark
-from .audit import training_texts
+from .audit import training_texts, tried
 from .links import rl_of
 from .models import Model
 from .names import is_control, parts
@@ -93,9 +93,9 @@ def while_loaded(recipe: Recipe, stage: Verify, run: Path, said: Answers, model:
         "self_explanation": lambda: checks.self_explanation(task, few, policy("explained"), explain),
         "contamination": lambda: _completed(stage, said, model),
     }
-    found = {name: [_tried(name, ways[name])] for name in wanted(stage, ASKED)}
+    found = {name: [tried(name, ways[name])] for name in wanted(stage, ASKED)}
     if "contamination" in found:
-        found["contamination"].insert(0, _tried("contamination", lambda: _overlap(recipe, stage, run, said)))
+        found["contamination"].insert(0, tried("contamination", lambda: _overlap(recipe, stage, run, said)))
     return found
 
 
@@ -122,7 +122,7 @@ def after_answers(recipe: Recipe, stage: Verify, said: Answers) -> Found:
     answers = said.greedy[said.last]
     ways |= {name: lambda name=name: getattr(checks, name)(task, said.instances, answers) for name in OF_ANSWERS}
     try:
-        found = {name: [_tried(name, ways[name])] for name in wanted(stage, tuple(ways))}
+        found = {name: [tried(name, ways[name])] for name in wanted(stage, tuple(ways))}
     finally:
         guard = guard_of(made()[0]) if made.cache_info().currsize else None
         if guard is not None:
@@ -130,7 +130,7 @@ def after_answers(recipe: Recipe, stage: Verify, said: Answers) -> Found:
     if wanted(stage, ["base_vs_tuned"]):
         found["base_vs_tuned"] = _base_vs_tuned(said)
     if stage.checks and stage.samples or wanted(stage, ["headroom"]):
-        found["headroom"] = [_tried("headroom", lambda: _headroom(recipe, stage, said))]
+        found["headroom"] = [tried("headroom", lambda: _headroom(recipe, stage, said))]
     return found
 
 
@@ -162,11 +162,7 @@ def curves(said: Answers) -> dict[str, Any]:
     for name, drawn in said.samples.items():
         marks = [[said.task.mark(one, text) for text in own] for one, own in zip(said.instances, drawn, strict=True)]
         values = [said.task.solution(one).value for one in said.instances]
-        ids = [[_vote(said.task, one, m) for m in own] for one, own in zip(said.instances, marks, strict=True)]
-        optimal = [
-            {vote for vote, m in zip(votes, own, strict=True) if m.certificate_right}
-            for votes, own in zip(ids, marks, strict=True)
-        ]
+        ids, optimal = _votes(said, drawn)
         table[name] = {
             "pass_certificate": checks.pass_curve(said.right(name)),
             "pass_answer": checks.pass_curve([[int(m.answer_right) for m in own] for own in marks]),
@@ -174,6 +170,17 @@ def curves(said: Answers) -> dict[str, Any]:
             "con_answer": checks.con_curve([[m.parsed.answer for m in own] for own in marks], values),
         }
     return table
+
+
+def _votes(said: Answers, drawn: Sequence[Sequence[str]]) -> tuple[list[list[Any]], list[set[Any]]]:
+    """The stated certificates of samples, and those of them that are optimal, for each instance."""
+    marks = [[said.task.mark(one, text) for text in own] for one, own in zip(said.instances, drawn, strict=True)]
+    votes = [[_vote(said.task, one, mark) for mark in own] for one, own in zip(said.instances, marks, strict=True)]
+    optimal = [
+        {vote for vote, mark in zip(names, own, strict=True) if mark.certificate_right}
+        for names, own in zip(votes, marks, strict=True)
+    ]
+    return votes, optimal
 
 
 def _vote(task: CertificateTask, one: Instance, mark: Mark) -> Any:
@@ -184,21 +191,17 @@ def _vote(task: CertificateTask, one: Instance, mark: Mark) -> Any:
     return unordered(ids) if states_rows(task, one) else tuple(ids)
 
 
-def _tried(name: str, way: Callable[[], CheckResult]) -> CheckResult:
-    """What a check cannot do with this task or these answers is said in the report; the run is not lost for it."""
-    try:
-        return way()
-    except RlError as error:
-        return not_run(name, str(error))
-
-
 def _base_vs_tuned(said: Answers) -> list[CheckResult]:
-    """Each trained model against the base, and each against the one before it."""
+    """Each trained model against the base, and each against the one before it: by certificate, alone and by votes."""
     trained = _models(said)
     pairs = [("base", name) for name in trained[1:]] + list(zip(trained[1:], trained[2:], strict=False))
     found = []
     for first, second in pairs:
-        result = checks.base_vs_tuned(said.right(first), said.right(second))
+        votes = None
+        if said.samples:
+            (before, some), (after, others) = (_votes(said, said.samples[name]) for name in (first, second))
+            votes = before, after, [a | b for a, b in zip(some, others, strict=True)]
+        result = checks.base_vs_tuned(said.right(first), said.right(second), votes=votes)
         found.append(replace(result, details={"models": [first, second], **result.details}))
     return found or [not_run("base_vs_tuned", "the run trained no model")]
 

@@ -2,10 +2,12 @@
 
 from collections.abc import Sequence
 from math import sqrt
-from statistics import NormalDist
+from statistics import NormalDist, fmean, stdev, variance
 from typing import Any
 
 from .errors import RlError
+
+ALIKE = 1e-9  # numbers this close are the same
 
 
 def wilson_interval(successes: int, n: int, confidence: float = 0.95) -> tuple[float, float]:
@@ -64,27 +66,35 @@ def paired_difference(
     return float(differences.mean()), float(low), float(high)
 
 
-def alike_interval(value: float, n: int, confidence: float = 0.95) -> tuple[float, float]:
-    """An interval of a mean of n differences in [-1, 1] that are all `value`, where the bootstrap gives a point.
+def alike_interval(value: float, n: int, confidence: float = 0.95, lowest: float = -1.0) -> tuple[float, float]:
+    """An interval of a mean of n numbers in [lowest, 1] that are all `value`, where the bootstrap gives a point.
 
-    The true share of items that differ otherwise may be up to the upper end u of Wilson's interval of 0 in n; such
-    items lie at worst at -1 or at 1. So (value - u (value + 1), value + u (1 - value)): of 0 in 3, +-0.56; of 0 in
-    200, +-0.02; of 1 in 3, from -0.12 to 1. Raises RlError for a value outside [-1, 1], n < 1 or a bad confidence.
+    lowest: -1 for differences of two rates, 0 for rates. The true share of items that differ otherwise may be up to the
+    upper end u of Wilson's interval of 0 in n; such items lie at worst at lowest or at 1. So
+    (value - u (value - lowest), value + u (1 - value)): a difference of 0 in 3, +-0.56; of 0 in 200, +-0.02; of 1 in 3,
+    from -0.12 to 1. Raises RlError for a value outside [lowest, 1], n < 1 or a bad confidence.
     """
-    if not -1 <= value <= 1:
-        raise RlError(f"a difference of two rates lies in [-1, 1], got {value}")
+    if not lowest <= value <= 1:
+        raise RlError(f"the number lies in [{lowest:g}, 1], got {value}")
     other = wilson_interval(0, n, confidence)[1]
-    return value - other * (value + 1), value + other * (1 - value)
+    return value - other * (value - lowest), value + other * (1 - value)
 
 
 def clustered_mean(
-    values: Sequence[float], groups: Sequence[int], confidence: float = 0.95, resamples: int = 2000, seed: int = 0
+    values: Sequence[float],
+    groups: Sequence[int],
+    confidence: float = 0.95,
+    resamples: int = 2000,
+    seed: int = 0,
+    lowest: float = 0.0,
 ) -> tuple[float, float, float, int]:
     """The mean of values that come in groups, with an interval over groups: (value, low, high, groups).
 
-    groups: one label a value (samples of one instance share it). Rates with one value a group get the Wilson
-    interval, everything else the percentile bootstrap over groups (each drawn with all its values). Where all
-    groups agree on 0 or on 1 the bootstrap would be a point, and Wilson's interval over groups is given.
+    groups: one label a value (samples of one instance share it). lowest: the least that a value could be, 0 for rates,
+    -1 for differences of rates. Rates with one value a group get the Wilson interval, everything else the percentile
+    bootstrap over groups (each drawn with all its values). Where all groups agree the bootstrap would be a point, and
+    `alike_interval` over groups is given, which of rates of 0 and of 1 is Wilson's; beyond [lowest, 1] nothing bounds
+    what was not seen, and the point stays.
     Raises RlError for nothing, for lengths that differ and for a bad confidence.
     """
     import numpy as np
@@ -96,13 +106,44 @@ def clustered_mean(
     g = np.unique(np.asarray(groups), return_inverse=True)[1].reshape(-1)  # (N,)
     sums, sizes = np.bincount(g, weights=v), np.bincount(g)  # (G,), (G,)
     count, value = len(sums), float(v.mean())
-    binary = bool(np.isin(v, (0.0, 1.0)).all())
-    if binary and (count == len(v) or value in (0.0, 1.0)):
+    if lowest == 0 and count == len(v) and np.isin(v, (0.0, 1.0)).all():
         return value, *wilson_interval(round(value * count), count, confidence), count
+    if np.ptp(sums / sizes) < ALIKE and lowest <= value <= 1:
+        return value, *alike_interval(value, count, confidence, lowest), count
     low, high = bootstrap_interval(
         np.stack([sums, sizes], axis=1), lambda m: m[:, 0] / m[:, 1], confidence, resamples, seed
     )
     return value, float(low), float(high), count
+
+
+def mean_interval(values: Sequence[float], confidence: float = 0.95) -> tuple[float, float, float]:
+    """The mean of a few numbers with Student's interval: (value, low, high). Raises RlError for fewer than 2."""
+    from scipy.stats import t
+
+    if len(values) < 2:
+        raise RlError(f"an interval of a mean needs 2 values or more, got {len(values)}")
+    half = stdev(values) / sqrt(len(values)) * float(t.ppf(0.5 + _checked(confidence) / 2, len(values) - 1))
+    return fmean(values), fmean(values) - half, fmean(values) + half
+
+
+def difference_of_means(
+    first: Sequence[float], second: Sequence[float], confidence: float = 0.95
+) -> tuple[float, float, float]:
+    """mean(first) - mean(second) of two independent samples with Welch's interval: (value, low, high).
+
+    Source: B. L. Welch, Biometrika 34 (1947), 28-35. Raises RlError for fewer than 2 values in either.
+    """
+    from scipy.stats import t
+
+    if min(len(first), len(second)) < 2:
+        raise RlError(f"a difference of means needs 2 values or more each, got {len(first)} and {len(second)}")
+    value = fmean(first) - fmean(second)
+    a, b = variance(first) / len(first), variance(second) / len(second)
+    if a + b == 0:
+        return value, value, value
+    freedom = (a + b) ** 2 / (a**2 / (len(first) - 1) + b**2 / (len(second) - 1))
+    half = sqrt(a + b) * float(t.ppf(0.5 + _checked(confidence) / 2, freedom))
+    return value, value - half, value + half
 
 
 def bootstrap_interval(

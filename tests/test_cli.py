@@ -197,7 +197,7 @@ def test_audit_prints_a_table_writes_its_report_and_exits_by_the_verdicts(tmp_pa
         monkeypatch.setattr(audit, "audit", lambda recipe, found=found: [verdict, found])
         result = krontune("audit", "quickstart", "--out", "report.json")
         assert result.exit_code == code and outcome in result.stdout and "[0.800, 0.950]" in result.stdout
-        assert ("'heaviest' earns 0.90" in result.stdout) == (outcome != "pass")
+        assert ("'heaviest' earns 0.90 of" in result.stdout) == (outcome != "pass")
         assert json.loads((tmp_path / "report.json").read_text())["verdicts"][outcome] >= 1
         told = krontune("audit", "quickstart", "--json")
         assert told.exit_code == code and json.loads(told.stdout)["checks"][1]["verdict"] == outcome

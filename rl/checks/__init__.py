@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .before import contamination, headroom, heuristics, soundness
     from .controls import spurious_controls
+    from .course import followed, gap_rise
     from .during import Monitored, collapse, divergence, triplet, verifier_health
     from .features import feature_probe, shortcut_ceiling
     from .instances import discriminating, size_ladder, symmetry
@@ -30,6 +31,8 @@ _HOME = {
     "heuristics": ".before",
     "soundness": ".before",
     "spurious_controls": ".controls",
+    "followed": ".course",
+    "gap_rise": ".course",
     "Monitored": ".during",
     "collapse": ".during",
     "divergence": ".during",
@@ -72,7 +75,9 @@ __all__ = [
     "divergence",
     "early_answering",
     "feature_probe",
+    "followed",
     "forced_answers",
+    "gap_rise",
     "headroom",
     "heuristic_agreement",
     "heuristics",

@@ -1,8 +1,10 @@
 """Checks before training: is the task sound, what do shortcuts earn, is there room to learn, is it leaked?"""
 
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from math import comb
-from statistics import fmean
+from statistics import fmean, median
 from typing import Any
 
 from ..errors import RlError
@@ -10,10 +12,11 @@ from ..statistics import clustered_mean, wilson_interval
 from ..tasks.base import CertificateTask, Check, Instance
 from ..tasks.splits import SPLITS, stream
 from .policies import scripted_policies
-from .reading import mark
-from .result import CheckResult, judge, not_run
+from .reading import awaited, mark
+from .result import CheckResult, judge, not_run, severity
 
-Reward = Callable[..., Sequence[Any]]
+Reward = Callable[..., Any]  # a sequence of numbers and None, or a coroutine of one
+SHIFTED = 0.1  # two seeds that share more than this at one distance give the same stream
 ALL_BUT_ALL = 0.9  # a shortcut that surely earns more than this earns what the solution earns
 
 
@@ -23,38 +26,42 @@ def soundness(task: CertificateTask, n: Sequence[int] = (5, 12), size: int = 100
     Looked for: a solver's certificate that its own check refuses, an optimum that is not unique where the task
     promises one, a heuristic that beats the "optimum", a worked completion that does not mark as optimal, an
     instance that JSON changes, a symmetry that changes the optimum of its own certificate, repeated instances, a
-    key in two splits, and seeds s and s + 1 that share more than 5 % of their instances (the leak found in
-    reasoning-gym 0.1.25, where they share 499 of 500). value: faults per instance, threshold 0; any fault
-    fails. details: the faults by name with an example each.
+    key in two splits, and a seed s + 1 that gives the instances of s over again, at one distance from their place (the
+    leak found in reasoning-gym 0.1.25, where they share 499 of 500; that two seeds share some of a small space, in any
+    order, is chance). value: the share of instances with a fault, threshold 0; any fault fails. details: the faults by
+    name, how often and an example each.
     """
     low, high = n
     faults: dict[str, list[str]] = {}
     seen: dict[str, str] = {}
-    count = 0
+    count = faulty = 0
     for split in SPLITS:
         instances = task.instances(size, (low, high), seed, split)
         keys = [task.key(one) for one in instances]
         count += len(instances)
-        _note(faults, "repeated instances", [key for key in keys if keys.count(key) > 1])
-        _note(faults, "a key in two splits", [key for key in keys if seen.get(key, split) != split])
+        neighbours = {task.key(one): i for i, one in enumerate(task.instances(size, (low, high), seed + 1, split))}
+        leaked = _at_one_distance(keys, neighbours)
+        for place, (key, one) in enumerate(zip(keys, instances, strict=True)):
+            found = _faults_of(task, one, stream("soundness", seed, place))
+            found += ["repeated instances"] * (keys.count(key) > 1)
+            found += ["a key in two splits"] * (seen.get(key, split) != split)
+            found += ["seeds s and s + 1 share instances"] * (key in leaked)
+            faulty += bool(found)
+            for name in found:
+                faults.setdefault(name, []).append(key)
         seen.update(dict.fromkeys(keys, split))
-        for place, one in enumerate(instances):
-            for name in _faults_of(task, one, stream("soundness", seed, place)):
-                _note(faults, name, [task.key(one)])
-        neighbours = {task.key(one) for one in task.instances(size, (low, high), seed + 1, split)}
-        shared = [key for key in keys if key in neighbours]
-        if len(shared) > 0.05 * len(keys):
-            _note(faults, "seeds s and s + 1 share instances", shared)
-    total = sum(map(len, faults.values()))
     details = {"faults": {name: {"count": len(found), "example": found[0]} for name, found in faults.items()}}
     verdict = "fail" if faults else "pass"
-    ci = wilson_interval(min(total, count), count)
-    return CheckResult("soundness", total / count, ci, count, 0.0, verdict, details)
+    return CheckResult("soundness", faulty / count, wilson_interval(faulty, count), count, 0.0, verdict, details)
 
 
-def _note(faults: dict[str, list[str]], name: str, examples: list[str]) -> None:
-    if examples:
-        faults.setdefault(name, []).extend(examples)
+def _at_one_distance(keys: Sequence[str], others: Mapping[str, int]) -> set[str]:
+    """The keys that stand as far from their place in `others` as many more do; by chance each is as far as it will."""
+    away = {key: others[key] - place for place, key in enumerate(keys) if key in others}
+    if not away:
+        return set()
+    [(distance, often)] = Counter(away.values()).most_common(1)
+    return {key for key, own in away.items() if own == distance} if often > max(2, SHIFTED * len(keys)) else set()
 
 
 def _faults_of(task: CertificateTask, one: Instance, rng: Any) -> list[str]:
@@ -93,40 +100,95 @@ def heuristics(
 ) -> CheckResult:
     """What shortcuts and lazy policies earn: the floor that a trained model has to clear.
 
-    Every scripted policy but the perfect ones answers `size` test instances and is paid by `reward` (the
-    certificate reward if not given; yours is called as TRL calls it, with the columns of `task.dataset`).
-    value: the mean reward of the best of them, with an interval over instances; heuristics that are optimal
-    on all these instances are the algorithm, not a shortcut, and stand in details["optimal"] instead.
-    Departure from the plain verdict: above `threshold` (0.5) it is "warn", as easy instances are no fault of
-    the reward, and "fail" where the whole interval lies above 0.9: then a shortcut earns what the solution
-    earns. details["policies"]: reward, answer and certificate accuracy of each. "patience_tails" of "lis"
-    earns 1 from a reward on the answer and little from one on the certificate.
+    Every scripted policy but the perfect ones answers `size` test instances and is paid by `reward` (the certificate
+    reward if not given; yours is called as TRL calls it, with the columns of `task.dataset`). value: the mean reward of
+    the best of them, with an interval over instances, on the scale on which silence earns 0 and the worked solution 1
+    (`Scale`); heuristics that are optimal on all these instances are the algorithm, not a shortcut, and stand in
+    details["optimal"] instead. Departure from the plain verdict: above `threshold` (0.5) it is "warn", as easy
+    instances are no fault of the reward, and "fail" where the whole interval lies above 0.9: then a shortcut earns what
+    the solution earns. details["policies"]: reward as paid and on that scale, answer and certificate accuracy of each;
+    `silence` and `solution`: what these are paid. "patience_tails" of "lis" earns 1 from a reward on the answer and
+    little from one on the certificate.
     """
     from ..rewards import CertificateReward
 
     instances = task.instances(size, tuple(n), seed, "test")
     paid = reward if reward is not None else CertificateReward(task)
+
+    def pay(texts: Sequence[str]) -> list[float]:
+        return numbers(pay_of(paid, task, instances, texts))
+
+    scale = Scale.of(pay([""] * size), pay([task.completion(one) for one in instances]))
     table: dict[str, Any] = {}
     for name, policy in scripted_policies(task, seed).items():
         if name in ("perfect", "noisy"):
             continue
         texts = list(policy(instances))
-        pay = [0.0 if value is None else float(value) for value in pay_of(paid, task, instances, texts)]
+        earned = pay(texts)
         marks = [mark(task, one, text) for one, text in zip(instances, texts, strict=True)]
-        value, low, high, _ = clustered_mean(pay, range(size))
+        value, low, high, _ = clustered_mean(scale.shares(earned), range(size))
         table[name] = {
-            "reward": value,
+            "reward": fmean(earned),
+            "share": value,
             "ci": (low, high),
             "answer": fmean(one.answer_right for one in marks),
             "certificate": fmean(one.certificate_right for one in marks),
         }
     optimal = [name for name in task.heuristics if table[name]["certificate"] == 1.0]
-    best = max((name for name in table if name not in optimal), key=lambda name: table[name]["reward"])
-    verdict = "pass" if judge(table[best]["ci"], threshold, high_is_good=False) == "pass" else "warn"
-    if table[best]["ci"][0] > ALL_BUT_ALL:
-        verdict = "fail"
-    details = {"best": best, "optimal": optimal, "policies": table}
-    return CheckResult("heuristics", table[best]["reward"], table[best]["ci"], size, threshold, verdict, details)
+    best = max((name for name in table if name not in optimal), key=lambda name: table[name]["share"])
+    details = {"best": best, "optimal": optimal, **scale.to_dict(), "policies": table}
+    verdict = floor_verdict(table[best]["ci"], threshold)
+    return CheckResult("heuristics", table[best]["share"], table[best]["ci"], size, threshold, verdict, details)
+
+
+@dataclass(frozen=True)
+class Scale:
+    """What a reward pays for silence and for right completions, by the median; so 0/1, -1/1 and 0/10 are judged alike.
+
+    Where right completions earn no more than silence there is no scale, and what is paid counts as it is.
+    """
+
+    silence: float = 0.0
+    solution: float = 1.0
+
+    @classmethod
+    def of(cls, silence: Sequence[float], solution: Sequence[float]) -> "Scale":
+        return cls(median(silence), median(solution))
+
+    @property
+    def half(self) -> float:
+        """Half way from silence to a right completion."""
+        return (self.silence + self.solution) / 2 if self.solution > self.silence else 0.5
+
+    def shares(self, paid: Sequence[float]) -> list[float]:
+        """Each reward as a share of the way from silence to a right completion."""
+        if self.solution <= self.silence:
+            return list(paid)
+        return [(one - self.silence) / (self.solution - self.silence) for one in paid]
+
+    def to_dict(self) -> dict[str, float]:
+        """For the evidence."""
+        return {"silence": self.silence, "solution": self.solution}
+
+
+def numbers(paid: Sequence[Any]) -> list[float]:
+    """Rewards as numbers; None, which TRL leaves out, as 0."""
+    return [0.0 if value is None else float(value) for value in paid]
+
+
+def floor_verdict(ci: tuple[float, float], threshold: float) -> str:
+    """That of `heuristics` and `rows_heuristics`."""
+    if ci[0] > ALL_BUT_ALL:
+        return "fail"
+    return "pass" if judge(ci, threshold, high_is_good=False) == "pass" else "warn"
+
+
+def called(reward: Reward, columns: Mapping[str, Any], size: int) -> list[Any]:
+    """What a reward, synchronous or not, pays for `size` completions. Raises RlError for another number of values."""
+    found = list(awaited(reward(**columns)))
+    if len(found) != size:
+        raise RlError(f"the reward gave {len(found)} values for {size} completions")
+    return found
 
 
 def pay_of(reward: Reward, task: CertificateTask, instances: Sequence[Instance], texts: Sequence[str]) -> list[Any]:
@@ -139,10 +201,7 @@ def pay_of(reward: Reward, task: CertificateTask, instances: Sequence[Instance],
         "optimum": [task.solution(one).value for one in instances],
         "n": [one.n for one in instances],
     }
-    found = list(reward(**columns))
-    if len(found) != len(texts):
-        raise RlError(f"the reward gave {len(found)} values for {len(texts)} completions")
-    return found
+    return called(reward, columns, len(texts))
 
 
 def headroom(right: Sequence[Sequence[Any]], group_size: int = 8, threshold: float = 0.8) -> CheckResult:
@@ -204,7 +263,7 @@ def contamination(
     if not details:
         return not_run("contamination", "give train texts, or complete= and fresh= texts", len(texts))
     verdicts = {name: judge(ci, threshold, high_is_good=False) for name, (_, ci) in measured.items()}
-    worst = max(measured, key=lambda name: (("pass", "warn", "fail").index(verdicts[name]), measured[name][0]))
+    worst = max(measured, key=lambda name: (severity(verdicts[name]), measured[name][0]))
     value, ci = measured[worst]
     details["decided_by"] = worst
     return CheckResult("contamination", value, ci, len(texts), threshold, verdicts[worst], details)

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import RlError
-from ..statistics import alike_interval, bootstrap_interval
+from ..statistics import ALIKE, alike_interval, bootstrap_interval
 from .result import CheckResult, judge, not_run
 
 
@@ -39,7 +39,7 @@ def spurious_controls(
     low, high = bootstrap_interval(columns, margin)
     means = columns.mean(axis=0)
     ci = (float(low), float(high))
-    if high - low < 1e-9:  # every resample said the same
+    if high - low < ALIKE:  # every resample said the same
         ci = alike_interval(ci[0], len(columns))
     gains = {"reward": means[1] - means[0], **dict(zip(controls, means[2:] - means[0], strict=True))}
     details = {"gains": {name: float(gain) for name, gain in gains.items()}}

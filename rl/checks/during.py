@@ -1,18 +1,21 @@
 """Checks while training: answer against certificate on the samples, and alarms on the log."""
 
 from collections.abc import Mapping, Sequence
+from math import atanh, sqrt, tanh
 from statistics import fmean, median
 from typing import Any
 
 from ..errors import RlError
+from ..evaluation import read_instance
 from ..statistics import wilson_interval
 from ..tasks.base import CertificateTask, Instance, Mark
-from .reading import clusters, mark, rate, read
+from .course import FOLLOWS
+from .reading import awaited, clusters, mark, rate, read, stated, unordered
 from .result import CheckResult, judge, not_run
 
 WINDOW = 5
 FALLING = {"entropy": 0.3, "completions/mean_length": 0.3, "completions/mean_terminated_length": 0.3}
-DEAD_GROUPS = 0.95
+NEARLY_ALL = 0.95
 MEASURES = ("answer", "feasible", "optimal", "gap", "self_agreement", "parse_failure")
 
 
@@ -65,15 +68,18 @@ def _measures(one: Mark) -> dict[str, float]:
 
 
 def _table(rows: Sequence[Mapping[str, float]], groups: Sequence[int], places: Sequence[int]) -> dict[str, Any]:
-    return {name: rate([rows[i][name] for i in places], [groups[i] for i in places]) for name in MEASURES}
+    own = [groups[i] for i in places]
+    return {name: rate([rows[i][name] for i in places], own, -1.0 if name == "gap" else 0.0) for name in MEASURES}
 
 
 class Monitored:
     """A reward function that pays what `reward` pays and logs, for each split and size, what `triplet` measures.
 
     The names are `<task>/<split>/<measure>` and `<task>/n<n>/<measure>`; TRL gives several evaluation sets the
-    same metric names, so the split is read from the data set's column `split` ("all" without one). Each
-    sample is logged once, since TRL averages over calls. Needs the column `instance`.
+    same metric names, so the split is read from the data set's column `split` ("all" without one). Beside them stands
+    `<task>/follows/<heuristic>`, for samples on which that heuristic is not optimal: 1 where its ids are stated, -1
+    where an optimum is, else 0; see `followed`. Each sample is logged once, since TRL averages over calls. Needs the
+    column `instance`.
     """
 
     def __init__(self, reward: Any, task: CertificateTask):
@@ -82,31 +88,45 @@ class Monitored:
         self.__name__ = getattr(reward, "__name__", type(reward).__name__)
 
     def __call__(self, completions: Sequence[Any], log_metric: Any = None, **columns: Any) -> Any:
-        """The rewards of `reward`, untouched."""
+        """The rewards of `reward`, untouched; those of an asynchronous one are waited for."""
         if log_metric is not None:
             if "instance" not in columns:
                 raise RlError("Monitored needs the data set's column 'instance'")
             splits = columns.get("split") or ["all"] * len(completions)
             for text, written, split in zip(completions, columns["instance"], splits, strict=True):
-                one = written if isinstance(written, Instance) else self.task.instance_from_json(written)
-                for name, value in _measures(mark(self.task, one, text)).items():
+                one = read_instance(self.task, written)
+                found = mark(self.task, one, text)
+                for name, value in _measures(found).items():
                     log_metric(f"{self.task.name}/{split}/{name}", value)
                     log_metric(f"{self.task.name}/n{one.n}/{name}", value)
+                for name, ids in _wrong_rules(self.task, one).items():
+                    value = float(stated(found) == ids) - float(found.certificate_right)
+                    log_metric(f"{self.task.name}/{FOLLOWS}/{name}", value)
             columns["log_metric"] = log_metric
-        return self.reward(completions=completions, **columns)
+        return awaited(self.reward(completions=completions, **columns))
+
+
+def _wrong_rules(task: CertificateTask, one: Instance) -> dict[str, tuple[int, ...]]:
+    """The ids of each heuristic that is not optimal here, worked out once for each Instance object."""
+    key = (task, FOLLOWS)
+    if key not in one.memo:
+        ids = {name: tuple(rule(one)) for name, rule in task.heuristics.items()}
+        one.memo[key] = {name: unordered(own) for name, own in ids.items() if not task.check(one, own).optimal}
+    return one.memo[key]
 
 
 def collapse(
     logs: Sequence[Mapping[str, Any]], window: int = WINDOW, patience: int = 3, share: float | None = None
 ) -> CheckResult:
-    """Has the entropy or the length collapsed, or do nearly all groups score alike?
+    """Has the entropy or the length collapsed, do nearly all groups score alike, are nearly all completions cut?
 
-    logs: the trainer's log entries in order. A quantity has collapsed where `patience` entries in a row lie
-    below `share` (0.3 each for entropy and mean length) of its median over the first `window` entries; groups
-    are dead where `frac_reward_zero_std` stays above 0.95 for as long. value: the lowest ratio of the latest
-    values to the start; threshold: the share. "fail" for a collapse that is still there at the end, "warn"
-    for one that has passed and for dead groups, else "pass". It tells what has happened, not what will: scalar
-    logs give no early warning that deserves the name. Not run under window + patience entries.
+    logs: the trainer's log entries in order. A quantity has collapsed where `patience` entries in a row lie below
+    `share` (0.3 each for entropy and mean length) of its median over the first `window` entries; groups are dead where
+    `frac_reward_zero_std` stays above 0.95 for as long, and completions are cut where `completions/clipped_ratio`, the
+    share that ends at the limit of their length, does. value: the lowest ratio of the latest values to the start;
+    threshold: the share; the log of one run has no interval. "fail" for a collapse that is still there at the end,
+    "warn" for one that has passed, for dead groups and for cut completions, else "pass". It tells what has happened,
+    not what will: scalar logs give no early warning that deserves the name. Not run under window + patience entries.
     """
     ratios, found, passed = {}, [], []
     count = 0
@@ -122,16 +142,14 @@ def collapse(
             found.append(name)
         elif _lasts(low, patience):
             passed.append(name)
-    dead = [log["frac_reward_zero_std"] > DEAD_GROUPS for log in logs if "frac_reward_zero_std" in log]
+    full = {
+        what: _lasts([log[name] > NEARLY_ALL for log in logs if name in log][-patience:], patience)
+        for what, name in (("dead_groups", "frac_reward_zero_std"), ("cut", "completions/clipped_ratio"))
+    }
     if not ratios:
         return not_run("collapse", f"{count} log entries with entropy or length, {window + patience} are needed", count)
-    verdict = "fail" if found else "warn" if passed or _lasts(dead[-patience:], patience) else "pass"
-    details = {
-        "ratios": ratios,
-        "collapsed": found,
-        "recovered": passed,
-        "dead_groups": _lasts(dead[-patience:], patience),
-    }
+    verdict = "fail" if found else "warn" if passed or any(full.values()) else "pass"
+    details = {"ratios": ratios, "collapsed": found, "recovered": passed, **full}
     threshold = share if share is not None else min(FALLING.values())
     return CheckResult("collapse", min(ratios.values()), None, count, threshold, verdict, details)
 
@@ -151,11 +169,11 @@ def divergence(
     """Does the reward rise while the strict measure does not?
 
     proxy, strict: names in the log, such as "reward" and "lis/certificate_accuracy"; entries with either are
-    taken at their place in the log. value: Spearman's rank correlation of the strict measure with time;
-    threshold 0. "fail": the proxy rises over time (correlation over 0.5) and the strict measure falls
-    (below -0.5); "warn": the proxy rises and the strict measure's correlation is not above the threshold;
-    else "pass". details: both correlations, and the means of the first and last thirds. Not run under `least`
-    entries of either.
+    taken at their place in the log. value: Spearman's rank correlation of the strict measure with time, with an
+    interval over entries by Fisher's transformation (Bonett and Wright, Psychometrika 65, 2000, 23-28); threshold 0.
+    "fail": the proxy rises over time (correlation over 0.5) and the strict measure surely falls (the whole interval
+    below 0); "warn": the proxy rises and the strict measure's correlation is not above the threshold; else "pass".
+    details: both correlations, and the means of the first and last thirds. Not run under `least` entries of either.
     """
     series = {
         name: [(i, float(log[name])) for i, log in enumerate(logs) if isinstance(log.get(name), (int, float))]
@@ -166,14 +184,15 @@ def divergence(
         return not_run("divergence", f"{fewest} log entries with {proxy!r} and {strict!r}, {least} are needed", fewest)
     trends = {name: _spearman([x for x, _ in points], [y for _, y in points]) for name, points in series.items()}
     rises = trends[proxy] > 0.5
-    verdict = "fail" if rises and trends[strict] < -0.5 else "warn" if rises and trends[strict] <= threshold else "pass"
+    ci = _fisher(trends[strict], len(series[strict]))
+    verdict = "fail" if rises and ci[1] < threshold else "warn" if rises and trends[strict] <= threshold else "pass"
     third = {name: max(1, len(points) // 3) for name, points in series.items()}
     details = {
         "trends": trends,
         "start": {name: fmean(y for _, y in points[: third[name]]) for name, points in series.items()},
         "end": {name: fmean(y for _, y in points[-third[name] :]) for name, points in series.items()},
     }
-    return CheckResult("divergence", trends[strict], None, fewest, threshold, verdict, details)
+    return CheckResult("divergence", trends[strict], ci, fewest, threshold, verdict, details)
 
 
 def _spearman(x: Sequence[float], y: Sequence[float]) -> float:
@@ -187,6 +206,13 @@ def _spearman(x: Sequence[float], y: Sequence[float]) -> float:
     a, b = (rank - rank.mean() for rank in ranks)
     spread = float(np.sqrt((a**2).sum() * (b**2).sum()))
     return float((a * b).sum()) / spread if spread else 0.0
+
+
+def _fisher(correlation: float, n: int) -> tuple[float, float]:
+    """The 95 % interval of a rank correlation of n points; one of 1 is taken for 0.999, whose transform is finite."""
+    middle = atanh(max(-0.999, min(0.999, correlation)))
+    half = 1.96 * sqrt((1 + correlation**2 / 2) / max(1, n - 3))
+    return tanh(middle - half), tanh(middle + half)
 
 
 def verifier_health(counts: Mapping[str, int], threshold: float = 0.005) -> CheckResult:

@@ -63,11 +63,11 @@ def feature_probe(
     looks at the stated answer alone; but a perfect solver's answers are as predictable as the optimum is, see
     docs/probe.md.
 
-    value: R2 of the error, 0 where there are none; threshold 0.3: above it a rule, and not noise, makes the
-    errors. Right answers with wrong certificates have no errors: this check does not see them, `triplet` and
-    `attribution` do. details: r2_answer, r2_truth (control), excess = r2_answer - r2_truth, error_rate.
-    Unreadable answers are left out; at most `limit` answers are used, evenly spaced. Not run under 40
-    instances. Needs scikit-learn.
+    value: R2 of the error, 0 where there are none, 1 where it is always the same; threshold 0.3: above it a rule, and
+    not noise, makes the errors. Right answers with wrong certificates have no errors: this check does not see them,
+    `triplet` and `attribution` do. details: r2_answer, r2_truth (control), excess = r2_answer - r2_truth, error_rate.
+    Unreadable answers are left out; at most `limit` answers are used, evenly spaced. Not run under 40 instances. Needs
+    scikit-learn.
     """
     known, marks = read(task, instances, answers)
     kept = [i for i, mark in enumerate(marks) if mark.parsed.answer is not None]
@@ -82,6 +82,8 @@ def feature_probe(
     x = _matrix(task, [known[i] for i in kept])  # (N, F)
     error = stated - truth
     r2_error, ci = _r2(np.hstack([x, _answers(task, [known[i] for i in kept])]), error, groups)
+    if error[0] and np.ptp(error) == 0:
+        r2_error, ci = 1.0, wilson_interval(size, size)
     r2_answer, r2_truth = _r2(x, stated, groups)[0], _r2(x, truth, groups)[0]
     details = {
         "r2_answer": r2_answer,
@@ -136,7 +138,7 @@ def _constant(task: CertificateTask, learn: Sequence[Instance], ask: Sequence[In
 def _r2(x: np.ndarray, y: np.ndarray, groups: list[int]) -> tuple[float, tuple[float, float]]:
     """Cross-validated R2 and its interval by bootstrap over instances; 0 where y never varies."""
     if np.ptp(y) == 0:
-        return 0.0, (0.0, 0.0)
+        return 0.0, wilson_interval(0, max(groups) + 1)
     from sklearn.model_selection import GroupKFold
 
     guess = np.empty_like(y)

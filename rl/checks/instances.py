@@ -112,7 +112,7 @@ def size_ladder(
     best = max(known, key=lambda name: sum(known[name][last]), default=None)
     floor = known[best][last] if best else [False] * per_size
     difference = [float(a) - float(b) for a, b in zip(right[last], floor, strict=True)]
-    value, low, high, n = clustered_mean(difference, list(range(per_size)))
+    value, low, high, n = clustered_mean(difference, range(per_size), lowest=-1.0)
     details = {
         "sizes": list(sizes),
         "accuracy": [rate(right[i : i + per_size], list(range(per_size))) for i in range(0, len(right), per_size)],

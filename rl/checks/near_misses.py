@@ -12,11 +12,10 @@ from ..guard import Guarded
 from ..statistics import wilson_interval
 from ..tasks.base import CertificateTask, Instance
 from ..tasks.splits import stream
-from .before import pay_of
+from .before import Scale, numbers, pay_of
 from .reading import states_rows
 from .result import CheckResult
 
-PAYS_AT = 0.5
 _ANSWER = re.compile(r"\\answer\{[^{}]*\}")
 SLOW_MS = 100.0
 
@@ -59,7 +58,8 @@ def verifier(
     and never by hand, must not (every heuristic's answer that is not optimal, also under the right count; a
     row less, a row more, one exchanged, all rows, ids out of range or repeated; the answer alone; blocks that
     disagree; a solution inside <think> that is taken back outside), nor must the hostile strings of
-    `HOSTILE`. Paid: a reward of 0.5 or more. Permuted ids, a repeated block and the right rows under a wrong
+    `HOSTILE`. Paid: a reward at least half way from that of silence to that of a worked solution, by the median, which
+    is 0.5 for rewards from 0 to 1. Permuted ids, a repeated block and the right rows under a wrong
     answer are reported and not judged, as rewards may differ on them. A reward on the answer alone fails
     here, and should.
 
@@ -198,10 +198,12 @@ def _latency(runner: Callable[..., Any], pay: Callable[..., list[Any]], cases: l
 
 
 def _verdict(cases: list[Case], paid: list[Any], failures: Any, unstable: int, latency: Any) -> CheckResult:
+    silence = numbers([value for case, value in zip(cases, paid, strict=True) if case[0] == "hostile/empty"])
+    scale = Scale.of(silence, numbers([value for case, value in zip(cases, paid, strict=True) if case[3]]))
     kinds: dict[str, dict[str, Any]] = {}
     rates = {True: [0, 0], False: [0, 0]}  # judged wrongly, judged
     for (kind, _, _, must), value in zip(cases, paid, strict=True):
-        pays = value is not None and float(value) >= PAYS_AT
+        pays = value is not None and float(value) >= scale.half
         entry = kinds.setdefault(kind, {"must_pay": must, "texts": 0, "paid": 0})
         entry["texts"] += 1
         entry["paid"] += int(pays)
@@ -215,6 +217,7 @@ def _verdict(cases: list[Case], paid: list[Any], failures: Any, unstable: int, l
         "failures": failures,
         "unstable": unstable,
         "latency": latency,
+        "paid_from": scale.half,
         "kinds": kinds,
     }
     slow = "warn" if latency["p99_ms"] > SLOW_MS else "pass"

@@ -1,5 +1,7 @@
 """What the checks share: reading answers of several forms, and rates over samples of the same instance."""
 
+import asyncio
+import inspect
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -52,6 +54,11 @@ def mark(task: CertificateTask, instance: Instance, answer: Any) -> Mark:
     return task.mark(instance, completion_text(answer))
 
 
+def awaited(paid: Any) -> Any:
+    """What a reward function gave, which is a coroutine where it is asynchronous."""
+    return asyncio.run(paid) if inspect.iscoroutine(paid) else paid
+
+
 def states_rows(task: CertificateTask, instance: Instance) -> bool:
     """Whether a certificate of this task is a list of row ids (and not, say, an expression)."""
     return "\\ids{" in task.completion(instance)
@@ -67,15 +74,23 @@ def unordered(ids: Sequence[int]) -> tuple[int, ...]:
     return tuple(sorted(ids))
 
 
+def stated(mark: Mark) -> tuple[int, ...] | None:
+    """The ids of a mark as they are compared; None where none were read."""
+    return None if mark.parsed.ids is None else unordered(mark.parsed.ids)
+
+
 def clusters(task: CertificateTask, instances: Sequence[Instance]) -> list[int]:
     """The same number for the same instance, from 0, in order of appearance."""
     numbers: dict[str, int] = {}
     return [numbers.setdefault(task.key(instance), len(numbers)) for instance in instances]
 
 
-def rate(flags: Sequence[Any], groups: Sequence[int]) -> dict[str, Any]:
-    """{"value", "ci", "n"}: the mean with an interval over groups (samples of one instance go together)."""
-    value, low, high, n = clustered_mean([float(flag) for flag in flags], groups)
+def rate(flags: Sequence[Any], groups: Sequence[int], lowest: float = 0.0) -> dict[str, Any]:
+    """{"value", "ci", "n"}: the mean with an interval over groups (samples of one instance go together).
+
+    lowest: the least that a flag could be; -1 for differences.
+    """
+    value, low, high, n = clustered_mean([float(flag) for flag in flags], groups, lowest=lowest)
     return {"value": value, "ci": (low, high), "n": n}
 
 

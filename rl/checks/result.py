@@ -47,6 +47,11 @@ def judge(ci: tuple[float, float], threshold: float, high_is_good: bool = True) 
     return "fail" if high < limit else "warn"
 
 
+def severity(verdict: str) -> int:
+    """0 for "pass", 1 for "warn", 2 for "fail", -1 for "not run": of several parts the worst decides."""
+    return {"not run": -1, "pass": 0, "warn": 1, "fail": 2}[verdict]
+
+
 def not_run(name: str, reason: str, n: int = 0) -> CheckResult:
     """The result of a check that has too little to say anything."""
     return CheckResult(name, None, None, n, None, "not run", {"reason": reason})

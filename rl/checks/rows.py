@@ -2,17 +2,18 @@
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from statistics import fmean
 from typing import Any
 
 from ..errors import RlError
 from ..guard import Guarded
 from ..statistics import clustered_mean, wilson_interval
-from .before import ALL_BUT_ALL
+from .before import Scale, called, floor_verdict, numbers
 from .near_misses import HOSTILE, Case, audit
-from .result import CheckResult, judge, not_run
+from .result import CheckResult, not_run
 
 Row = Mapping[str, Any]
-Reward = Callable[..., Sequence[Any]]
+Reward = Callable[..., Any]
 FEW = 4  # prompts, among which "half of them" says nothing
 LAZY = 5  # most frequent answers that are tried on every row
 
@@ -82,20 +83,27 @@ def rows_heuristics(
     """What the laziest policy earns: one that answers every prompt alike.
 
     Each of the five most frequent answers is given to the first `size` rows. value: the mean reward of the best, with
-    an interval over rows. Verdict as in `heuristics`: "warn" above `threshold`, "fail" surely above 0.9.
+    an interval over rows, as a share of the way from silence to the right completions, as in `heuristics`. Verdict as
+    there: "warn" above `threshold`, "fail" surely above 0.9.
     """
     _same_length(rows, right)
     some = list(rows[:size])
+
+    def pay(texts: Sequence[str]) -> list[float]:
+        return numbers(pay_rows(reward, some, texts))
+
+    scale = Scale.of(pay([""] * len(some)), pay(right[:size]))
     table = {}
     for text, _ in Counter(right).most_common(LAZY):
-        paid = [0.0 if pay is None else float(pay) for pay in pay_rows(reward, some, [text] * len(some))]
-        value, low, high, _ = clustered_mean(paid, range(len(some)))
-        table[text] = {"reward": value, "ci": (low, high)}
-    best = max(table, key=lambda text: table[text]["reward"])
+        paid = pay([text] * len(some))
+        value, low, high, _ = clustered_mean(scale.shares(paid), range(len(some)))
+        table[text] = {"reward": fmean(paid), "share": value, "ci": (low, high)}
+    best = max(table, key=lambda text: table[text]["share"])
     ci = table[best]["ci"]
-    verdict = "fail" if ci[0] > ALL_BUT_ALL else judge(ci, threshold, high_is_good=False).replace("fail", "warn")
-    details = {"best": best[:200], "policies": {text[:200]: found for text, found in table.items()}}
-    return CheckResult("heuristics", table[best]["reward"], ci, len(some), threshold, verdict, details)
+    policies = {text[:200]: found for text, found in table.items()}
+    details = {"best": best[:200], **scale.to_dict(), "policies": policies}
+    verdict = floor_verdict(ci, threshold)
+    return CheckResult("heuristics", table[best]["share"], ci, len(some), threshold, verdict, details)
 
 
 def held_out_overlap(held_out: Sequence[str], trained: Iterable[str]) -> CheckResult:
@@ -138,10 +146,7 @@ def pay_rows(reward: Reward, rows: Sequence[Row], texts: Sequence[str]) -> list[
     chat = isinstance(rows[0]["prompt"], list)
     said = [[{"role": "assistant", "content": text}] if chat else text for text in texts]
     columns = {name: [row[name] for row in rows] for name in rows[0] if name != "prompt"}
-    found = list(reward(prompts=[row["prompt"] for row in rows], completions=said, **columns))
-    if len(found) != len(texts):
-        raise RlError(f"the reward gave {len(found)} values for {len(texts)} completions")
-    return found
+    return called(reward, {"prompts": [row["prompt"] for row in rows], "completions": said, **columns}, len(texts))
 
 
 def _pay_cases(reward: Reward, cases: Sequence[Case]) -> list[Any]:

@@ -7,10 +7,11 @@ from typing import Any
 import numpy as np
 
 from ..errors import RlError
-from ..statistics import alike_interval, bootstrap_interval
+from ..statistics import ALIKE, alike_interval, bootstrap_interval
 from .result import CheckResult
 
 DRAWS = 200
+Votes = Sequence[Sequence[Hashable]]
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:
@@ -62,39 +63,38 @@ def ladder(n: int) -> list[int]:
 def pass_curve(right: Sequence[Sequence[Any]], ks: Sequence[int] | None = None) -> dict[str, Any]:
     """pass@k over instances: {"k", "value", "low", "high", "n"}, intervals by bootstrap over instances.
 
+    Where all instances are alike the ends are those of `alike_interval`.
+
     right: (N, n) of 0 and 1, n samples for each of N instances. ks: 1, 2, 4, ... n if not given.
     """
     table, chosen = _table(right, ks)  # (N, K)
-    low, high = bootstrap_interval(table, lambda means: means)
-    ends = {"low": low.tolist(), "high": high.tolist()}
-    return {"k": chosen, "value": table.mean(axis=0).tolist(), **ends, "n": len(table)}
+    return {"k": chosen, **_means(table), "n": len(table)}
 
 
-def con_curve(
-    votes: Sequence[Sequence[Hashable]], right: Sequence[Hashable | set[Any]], ks: Sequence[int] | None = None
-) -> dict[str, Any]:
+def con_curve(votes: Votes, right: Sequence[Hashable | set[Any]], ks: Sequence[int] | None = None) -> dict[str, Any]:
     """con@k over instances, in the form of `pass_curve`.
 
     votes: n stated answers for each of N instances, None for no vote. right: (N,) the right answer of each,
     or the set of them.
     """
-    chosen = list(ks) if ks is not None else ladder(len(votes[0]))
-    rows = zip(votes, right, strict=True)
-    table = np.array([[con_at_k(own, value, k) for k in chosen] for own, value in rows])  # (N, K)
-    low, high = bootstrap_interval(table, lambda means: means)
-    ends = {"low": low.tolist(), "high": high.tolist()}
-    return {"k": chosen, "value": table.mean(axis=0).tolist(), **ends, "n": len(table)}
+    table, chosen = _con_table(votes, right, ks)  # (N, K)
+    return {"k": chosen, **_means(table), "n": len(table)}
 
 
 def base_vs_tuned(
-    base: Sequence[Sequence[Any]], tuned: Sequence[Sequence[Any]], ks: Sequence[int] | None = None
+    base: Sequence[Sequence[Any]],
+    tuned: Sequence[Sequence[Any]],
+    ks: Sequence[int] | None = None,
+    votes: tuple[Votes, Votes, Sequence[Hashable | set[Any]]] | None = None,
 ) -> CheckResult:
     """pass@k of the tuned model against the base on the same instances, and the k where the base overtakes.
 
     base, tuned: (N, n) of 0 and 1, the same N instances in the same order. value: tuned minus base at k = 1,
     threshold 0, by a paired bootstrap over instances; where all instances differ alike, by `alike_interval`. details:
     both curves, the difference at each k with its interval, `crossing`: the smallest k from which the base is ahead
-    (None: never), with `crossing_share`, the share of bootstrap resamples in which there is one. Departures from the
+    (None: never), with `crossing_share`, the share of bootstrap resamples in which there is one. votes: the base's
+    answers, the tuned model's and the right ones, as `con_curve` takes them; then details["con"] compares con@k alike.
+    Departures from the
     plain verdict: "pass" and "fail" need an interval wholly above or below 0, so that equal models get "warn"; and a
     pass becomes "warn" where the base is surely ahead at the largest k, that is, where training has narrowed what the
     model can find.
@@ -106,10 +106,8 @@ def base_vs_tuned(
     if len(first) != len(second):
         raise RlError(f"base and tuned need the same instances, got {len(first)} and {len(second)}")
     change = second - first  # (N, K)
-    low, high = bootstrap_interval(change, lambda means: means)
-    means = change.mean(axis=0)
-    for place in np.flatnonzero(np.ptp(change, axis=0) < 1e-9):
-        low[place], high[place] = alike_interval(float(change[0, place]), len(change))
+    difference = _means(change, lowest=-1.0)
+    means, low, high = (difference[name] for name in ("value", "low", "high"))
     verdict = "pass" if low[0] > 0 else "fail" if high[0] < 0 else "warn"
     if verdict == "pass" and high[-1] < 0:
         verdict = "warn"
@@ -117,13 +115,38 @@ def base_vs_tuned(
         "k": chosen,
         "base": pass_curve(base, chosen),
         "tuned": pass_curve(tuned, chosen),
-        "difference": {"value": means.tolist(), "low": low.tolist(), "high": high.tolist()},
+        "difference": difference,
         "crossing": _crossing(means, chosen),
         "crossing_share": _crossing_share(change),
     }
-    return CheckResult(
-        "base_vs_tuned", float(means[0]), (float(low[0]), float(high[0])), len(first), 0.0, verdict, details
-    )
+    if votes is not None:
+        first, _ = _con_table(votes[0], votes[2], chosen)
+        second, _ = _con_table(votes[1], votes[2], chosen)
+        curves = {"base": _means(first), "tuned": _means(second), "difference": _means(second - first, lowest=-1.0)}
+        details["con"] = {"k": chosen, **curves}
+    return CheckResult("base_vs_tuned", means[0], (low[0], high[0]), len(first), 0.0, verdict, details)
+
+
+def _con_table(
+    votes: Votes, right: Sequence[Hashable | set[Any]], ks: Sequence[int] | None
+) -> tuple[np.ndarray, list[int]]:
+    """(N, K): con@k of each instance, and the ks."""
+    if not len(votes) or len(votes) != len(right) or len({len(own) for own in votes}) != 1:
+        raise RlError(
+            "con@k needs as many answers for each instance, and the right one; got those of "
+            f"{len(votes)} instances and {len(right)} right ones"
+        )
+    chosen = list(ks) if ks is not None else ladder(len(votes[0]))
+    rows = zip(votes, right, strict=True)
+    return np.array([[con_at_k(own, value, k) for k in chosen] for own, value in rows]), chosen
+
+
+def _means(table: np.ndarray, lowest: float = 0.0) -> dict[str, list[float]]:
+    """{"value", "low", "high"} of each column of (N, K); where all items are alike the ends are `alike_interval`'s."""
+    low, high = bootstrap_interval(table, lambda means: means)
+    for place in np.flatnonzero(np.ptp(table, axis=0) < ALIKE):
+        low[place], high[place] = alike_interval(float(table[0, place]), len(table), lowest=lowest)
+    return {"value": table.mean(axis=0).tolist(), "low": low.tolist(), "high": high.tolist()}
 
 
 def _table(right: Sequence[Sequence[Any]], ks: Sequence[int] | None) -> tuple[np.ndarray, list[int]]:
@@ -140,7 +163,7 @@ def _table(right: Sequence[Sequence[Any]], ks: Sequence[int] | None) -> tuple[np
     return lookup[array.sum(axis=1)], chosen
 
 
-def _crossing(difference: np.ndarray, ks: list[int]) -> int | None:
+def _crossing(difference: Sequence[float], ks: list[int]) -> int | None:
     """The smallest k from which on the difference stays negative."""
     ahead = None
     for place in reversed(range(len(ks))):

@@ -5,10 +5,10 @@ from typing import Any
 
 import numpy as np
 
-from ..statistics import wilson_interval
+from ..statistics import alike_interval, wilson_interval
 from ..tasks.base import CertificateTask, Instance, Mark
-from .reading import clusters, rate, read, unordered
-from .result import CheckResult, judge, not_run
+from .reading import clusters, rate, read, stated, unordered
+from .result import CheckResult, judge, not_run, severity
 
 OTHER_LIKELIHOOD = 1e-3  # what an unknown source gives to any one answer
 LEAST_TRUTH = 1e-2  # the likelihood of one optimum of many under "some optimum", bounded well above the former
@@ -28,7 +28,7 @@ def attribution(
     instance here cannot be told from the truth: they are counted as truth and named in details["merged"].
 
     value: the truth's weight; threshold 0.5. Intervals are by bootstrap over instances. Departure from the
-    plain verdict: "fail" also where all heuristics together weigh more than the truth.
+    plain verdict: "fail" also where all heuristics together surely weigh more than the truth.
     details: weights (share by name: truth, each heuristic, other), intervals, and `disagreement`: for each
     heuristic, on the instances where it is not optimal, the shares that follow the truth, the heuristic or
     neither, with Wilson intervals, and `chance`, how often the answers equal the heuristic's ids of another
@@ -50,10 +50,15 @@ def attribution(
     shares = {name: float(weight) for name, weight in zip(names, weights, strict=True)}
     shares.update(dict.fromkeys(merged, 0.0))
     interval = (float(low[0]), float(high[0]))
-    if shares["truth"] == 1.0 or interval[0] == interval[1]:  # the bootstrap of what never varied is a point
+    least = 0.5 / size  # resamples whose shares differ by less have not varied, up to the rounding of the mixture
+    if interval[1] - interval[0] < least:  # the bootstrap of what never varied is a point
         interval = wilson_interval(round(shares["truth"] * size), size)
     verdict = judge(interval, threshold)
-    if sum(shares[name] for name in rules) > shares["truth"]:
+    ahead = drawn[:, 0] - drawn[:, 1:-1].sum(axis=1)  # (resamples,)
+    most = float(np.quantile(ahead, 0.975))
+    if np.ptp(ahead) < least:
+        most = alike_interval(float(np.clip(ahead[0], -1.0, 1.0)), size)[1]
+    if most < 0:
         verdict = "fail"
     details = {
         "weights": shares,
@@ -68,26 +73,26 @@ def attribution(
 def heuristic_agreement(task: CertificateTask, instances: Sequence[Any], answers: Sequence[Any]) -> CheckResult:
     """How much more often answers follow a heuristic than the truth, where the two differ; the worst heuristic.
 
-    value: over heuristics, the largest share following it minus the share following the truth, on the
-    instances where it is not optimal; threshold 0. The interval is that heuristic's own, over instances. Cheap
+    value: the share following it minus the share following the truth, on the instances where it is not optimal;
+    threshold 0. The interval is that heuristic's own, over instances. The worst is the one with the worst verdict, of
+    several the one with the largest value, so that a heuristic that differs on few instances hides no other. Cheap
     enough for every step of training. Not run where every heuristic is optimal on all instances.
     """
     read_instances, marks = read(task, instances, answers)
     groups = clusters(task, read_instances)
     rules = _rules(task, read_instances)[1]
-    worst = None
+    measured = {}
     for name, ids in rules.items():
         places = [i for i, mark in enumerate(marks) if not ids[i][1]]
-        score = [float(_same(marks[i], ids[i][0])) - float(marks[i].certificate_right) for i in places]
-        found = rate(score, [groups[i] for i in places])
-        if worst is None or found["value"] > worst[1]["value"]:
-            worst = (name, found)
-    if worst is None:
+        score = [float(stated(marks[i]) == ids[i][0]) - float(marks[i].certificate_right) for i in places]
+        measured[name] = rate(score, [groups[i] for i in places], -1.0)
+    if not measured:
         return not_run("heuristic_agreement", "every heuristic is optimal on these instances", len(set(groups)))
-    name, found = worst
+    verdicts = {name: judge(found["ci"], 0.0, high_is_good=False) for name, found in measured.items()}
+    name = max(measured, key=lambda name: (severity(verdicts[name]), measured[name]["value"]))
+    found, verdict = measured[name], verdicts[name]
     table = _disagreement(marks, read_instances, rules, groups)
     details = {"heuristic": name, "disagreement": table}
-    verdict = judge(found["ci"], 0.0, high_is_good=False)
     return CheckResult("heuristic_agreement", found["value"], found["ci"], found["n"], 0.0, verdict, details)
 
 
@@ -128,10 +133,6 @@ def _rules(task: CertificateTask, instances: list[Instance]) -> tuple[list[str],
     return merged, rules
 
 
-def _same(mark: Mark, ids: tuple[int, ...]) -> bool:
-    return mark.parsed.ids is not None and unordered(mark.parsed.ids) == ids
-
-
 def _optimal(mark: Mark) -> bool:
     return mark.check is not None and mark.check.optimal
 
@@ -144,7 +145,7 @@ def _likelihood(marks: list[Mark], rules: dict[str, list[tuple[Any, bool]]]) -> 
         if _optimal(mark):
             table[row, 0] = max(1 / mark.solution.n_optima, LEAST_TRUTH)
         for column, ids in enumerate(rules.values(), start=1):
-            table[row, column] = float(_same(mark, ids[row][0]))
+            table[row, column] = float(stated(mark) == ids[row][0])
     return table
 
 
@@ -155,7 +156,7 @@ def _disagreement(marks: list[Mark], instances: list[Instance], rules: Any, grou
         places = [i for i in range(len(marks)) if not ids[i][1]]
         own = [groups[i] for i in places]
         truth = [_optimal(marks[i]) for i in places]
-        follows = [_same(marks[i], ids[i][0]) for i in places]
+        follows = [stated(marks[i]) == ids[i][0] for i in places]
         neither = [not (a or b) for a, b in zip(truth, follows, strict=True)]
         shares = {"truth": truth, "heuristic": follows, "neither": neither}
         table[name] = {what: rate(flags, own) for what, flags in shares.items()}
@@ -173,5 +174,5 @@ def _chance(marks: list[Mark], instances: list[Instance], ids: Any, places: list
         for here, there in zip(same, same[len(same) // 2 :] + same[: len(same) // 2], strict=True):
             if instances[here] != instances[there]:
                 total += 1
-                hits += _same(marks[here], ids[there][0])
+                hits += stated(marks[here]) == ids[there][0]
     return hits / total if total else 0.0

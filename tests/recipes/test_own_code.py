@@ -72,6 +72,7 @@ def test_the_example_of_the_page_has_no_faults_and_runs_guarded(shout):
 def test_the_example_passes_the_audit_and_a_reward_that_pays_anything_fails_it(shout):
     found = {one.name: one.verdict for one in audit(load(shout, ["stages.rl.guard=null"]))}
     assert found["soundness"] == found["verifier"] == "pass" and found["contamination"] == "not run"
+    assert found["headroom"] == "not run"
     paid = audit(
         load(
             shout,
@@ -83,6 +84,13 @@ def test_the_example_passes_the_audit_and_a_reward_that_pays_anything_fails_it(s
         )
     )
     assert must_stop(paid) and {one.name: one.verdict for one in paid}["verifier"] == "fail"
+
+
+def test_a_check_that_the_task_is_too_small_for_says_so_and_the_others_are_made(small):
+    narrow = ["stages.rl.task={name: lis, n: [4, 5], options: {values: [1, 4]}}", "stages.verify.instances=2"]
+    found = {one.name: one for one in audit(load(small, narrow))}
+    assert found["soundness"].verdict == "not run" and "nothing new" in found["soundness"].details["reason"]
+    assert found["headroom"].verdict == "not run" and found["contamination"].verdict != "not run"
 
 
 def test_training_texts_are_all_that_is_trained_on_and_read_line_by_line(tmp_path, monkeypatch):

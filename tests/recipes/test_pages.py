@@ -58,7 +58,7 @@ def finished(tmp_path_factory):
     during = [checks.Alarms().result(), checks.collapse([])]
     checks.write_report(during, path / "rl" / "rlvr_report.json", {"stage": "rl"})
     metrics = [{"stage": "sft", "step": i, "loss": 2.0 - i / 5} for i in range(1, 6)]
-    metrics += [{"stage": "rl", "step": i, "reward": i / 9, "lis/gap": 0.1 * i} for i in range(1, 6)]
+    metrics += [{"stage": "rl", "step": i, "reward": i / 9, "lis/all/gap": 0.1 * i} for i in range(1, 6)]
     (path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in metrics) + '{"stage": "rl", "st')
     trained = {"steps": 5, "trainable_parameters": 1234, "parameters": 99999}
     stages = {

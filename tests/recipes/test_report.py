@@ -6,12 +6,16 @@ import pytest
 
 from krontune.recipes import progress
 from krontune.recipes.chain import Run
+from krontune.recipes.figures import ASKS
 from krontune.recipes.loader import load
 from krontune.recipes.progress import Progress, Report
 from krontune.recipes.report import print_report
-from krontune.recipes.rl import _reward_change
+from krontune.recipes.rl import _reward_after, _reward_change
 from krontune.recipes.run_folder import RunFolder
+from krontune.recipes.run_report import DURING
 from krontune.recipes.verify import _changes
+from krontune.rl import CertificateReward, checks
+from krontune.rl.tasks import get_task
 
 # ---------------------------------------------------------------- the tables
 
@@ -172,6 +176,28 @@ def test_the_change_of_the_reward_counts_steps_not_lines_of_the_log(folder, ever
 def test_a_run_that_logged_no_reward_has_no_change_of_it(folder):
     folder.log("rl", 1, {"loss": 1.0})
     assert _reward_change(folder) is None
+
+
+def test_what_the_log_says_of_the_samples_is_checked_beside_the_adapter(folder):
+    task, alarms = get_task("lis"), checks.Alarms()
+    instances = task.instances(6, (10, 14), discriminating=True)
+    reward = checks.Monitored(CertificateReward(task, "answer"), task)
+    for step in range(9):
+        logged = {}
+        ids = [task.heuristics["beam2"](one) if step > 2 else task.solve(one).certificate for one in instances]
+        paid = reward(
+            completions=[task.write(one, own) for one, own in zip(instances, ids, strict=True)],
+            instance=[task.to_json(one) for one in instances],
+            log_metric=lambda name, value, logged=logged: logged.setdefault(name, []).append(value),
+        )
+        means = {name: sum(values) / len(values) for name, values in logged.items()}
+        alarms.on_log(None, State(step), None, {"reward": sum(paid) / 6, "entropy": 1.0, **means})
+    (folder.path / "rl").mkdir()
+    _reward_after(folder, "rl", alarms, folder.path / "rl", task, None)
+    found = {one["name"]: one for one in json.loads((folder.path / "rl" / "rlvr_report.json").read_text())["checks"]}
+    assert set(found) == {*DURING} - {"verifier_health"} and set(DURING) <= set(ASKS)
+    assert (found["followed"]["verdict"], found["followed"]["value"]) == ("fail", 1.0)
+    assert found["gap_rise"]["value"] == 0.0 and found["gap_rise"]["n"] == 9
 
 
 class State:

@@ -229,6 +229,8 @@ def test_a_solver_passes_and_its_gain_over_a_control_is_its_own(run, recipe, mon
     pairs = {tuple(one["details"]["models"]): one["value"] for one in found["base_vs_tuned"]}
     assert set(pairs) == {("base", "sft"), ("base", "rl"), ("sft", "rl")}
     assert pairs["base", "rl"] == 1.0 and 0 < pairs["sft", "rl"] < 1
+    con = found["base_vs_tuned"][0]["details"]["con"]  # the base says nothing, sft always the same
+    assert con["k"] == [1, 2, 4] and con["difference"]["value"] == pytest.approx([pairs["base", "sft"]] * 3)
 
 
 def test_a_heuristic_is_seen_through_and_its_control_shows_that_nothing_was_gained(run, recipe, monkeypatch):

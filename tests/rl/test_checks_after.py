@@ -11,6 +11,7 @@ from krontune.rl import RlError, checks, get_task
 from krontune.rl.checks.policies import mixture_policy
 from krontune.rl.checks.reasoning import common_stretch, sorted_preface
 from krontune.rl.checks.sources import mixture
+from krontune.rl.statistics import wilson_interval
 
 LIS = get_task("lis")
 INSTANCES = LIS.instances(96, (8, 14), split="test")
@@ -61,6 +62,12 @@ def test_con_at_k_counts_no_vote_for_unreadable_answers():
         checks.con_at_k([1, 2], 1, 3)
 
 
+@pytest.mark.parametrize(("votes", "right"), [([], []), ([[1, 2]], [1, 2]), ([[1, 2], [1]], [1, 2])])
+def test_votes_that_make_no_table_are_refused(votes, right):
+    with pytest.raises(RlError, match="as many answers"):
+        checks.con_curve(votes, right)
+
+
 def test_several_right_answers_each_keep_their_own_votes():
     answers = ["a", "b", "x", "x", None]
     assert checks.con_at_k(answers, {"a", "b"}, 5) == 0.0
@@ -94,9 +101,37 @@ def test_base_vs_tuned_of_equal_or_few_instances_is_not_sure():
         assert checks.base_vs_tuned([[base]] * 30, [[tuned]] * 30).verdict == surely
 
 
+def test_curves_of_instances_that_are_all_alike_still_have_a_band():
+    for flag in (0, 1):
+        curve = checks.pass_curve([[flag] * 4] * 30)
+        votes = checks.con_curve([[3] * 4] * 30, [3 if flag else 4] * 30)
+        for found in (curve, votes):
+            assert found["value"] == [float(flag)] * 3 and found["high"][0] - found["low"][0] == pytest.approx(
+                wilson_interval(0, 30)[1]
+            )
+
+
 def test_a_base_that_is_ahead_at_every_k_crosses_in_every_resample():
     found = checks.base_vs_tuned(_table([0.6] * 120), _table([0.1] * 120, seed=1)).details
     assert found["crossing"] == 1 and found["crossing_share"] > 0.99
+
+
+def test_con_at_k_of_base_and_tuned_is_compared_on_the_same_instances():
+    rng = random.Random(4)
+    right = [rng.randint(1, 5) for _ in range(80)]
+    unsure = [[rng.choice([value, value, value, 7, 8]) for _ in range(8)] for value in right]
+    lost = [[9] * 8 if rng.random() < 0.3 else [value] * 8 for value in right]
+    flags = [[[int(vote == value) for vote in own] for own, value in zip(votes, right, strict=True)]
+             for votes in (unsure, lost)]  # fmt: skip
+    con = checks.base_vs_tuned(*flags, votes=(unsure, lost, right)).details["con"]
+    for name, votes in (("base", unsure), ("tuned", lost)):
+        assert con[name]["value"] == checks.con_curve(votes, right)["value"]
+    change = con["difference"]
+    assert change["value"] == pytest.approx(
+        [b - a for a, b in zip(con["base"]["value"], con["tuned"]["value"], strict=True)]
+    )
+    assert change["value"][0] > 0 > change["high"][-1], "by vote the unsure model is the better one"
+    assert "con" not in checks.base_vs_tuned(*flags).details
 
 
 def test_base_vs_tuned_refuses_what_is_not_paired():
@@ -157,6 +192,41 @@ def test_attribution_reads_texts_chats_ids_and_nothing():
         checks.attribution(LIS, INSTANCES, gold)
 
 
+def test_one_instance_convinces_no_check():
+    one = [LIS.instances(1, 14, split="test", discriminating=True)[0]]
+    for policy in ("perfect", "beam2", "random"):
+        texts = POLICIES[policy](one)
+        found = [
+            checks.triplet(LIS, one, texts),
+            checks.attribution(LIS, one, texts),
+            checks.heuristic_agreement(LIS, one, texts),
+            checks.size_ladder(LIS, POLICIES[policy], sizes=(24,), per_size=1),
+            checks.self_explanation(LIS, one, POLICIES[policy], lambda known, said: [LIS.parse(said[0]).ids]),
+            checks.early_answering(LIS, one, texts, _honest),
+            checks.headroom([[0] * 16], 8),
+        ]
+        for result in found:
+            assert result.verdict in ("warn", "not run"), (policy, result)
+
+
+def test_attribution_fails_for_heuristics_only_where_they_surely_outweigh_the_truth():
+    few = LIS.instances(12, (10, 14), split="test", discriminating=True)
+    answers = [*POLICIES["perfect"](few[:5]), *POLICIES["beam2"](few[5:])]
+    close = checks.attribution(LIS, few, answers)
+    assert 0.3 < close.value < 0.5 < close.ci[1] and close.verdict == "warn"
+    many = mixture_policy(LIS, {"perfect": 0.3, "beam2": 0.7})(INSTANCES)
+    assert checks.attribution(LIS, INSTANCES, many).verdict == "fail"
+
+
+def test_a_source_that_was_never_met_may_still_have_a_share():
+    """The mixture only tends to 0, and the bootstrap of that is no interval."""
+    task = get_task("activity_weighted")
+    some = task.instances(96, (3, 5), split="test")
+    answers = mixture_policy(task, {"heaviest": 0.1, "shortest": 0.1, "random": 0.8})(some)
+    found = checks.attribution(task, some, answers)
+    assert 0 < found.value < 1e-9 and found.ci == wilson_interval(0, 96) and found.verdict == "fail"
+
+
 def test_the_disagreement_set_shows_whom_the_answers_follow():
     answers = mixture_policy(LIS, {"perfect": 0.5, "beam2": 0.5})(INSTANCES)
     row = checks.attribution(LIS, INSTANCES, answers).details["disagreement"]["beam2"]
@@ -213,6 +283,14 @@ def test_the_feature_probe_has_its_control_and_finds_rules_in_the_errors():
     assert checks.feature_probe(LIS, instances[:20], [None] * 20).verdict == "not run"
 
 
+def test_errors_that_are_always_the_same_are_a_rule():
+    pytest.importorskip("sklearn")
+    some = INSTANCES[:60]
+    off = [f"\\ids{{1}} \\answer{{{LIS.solution(one).value + 1}}}" for one in some]
+    found = checks.feature_probe(LIS, some, off)
+    assert (found.value, found.verdict, found.details["error_rate"]) == (1.0, "fail", 1.0)
+
+
 def _honest(known, heads):
     """Solves only what it has worked out: the worked line must be there."""
     return [
@@ -229,6 +307,12 @@ def test_early_answering_tells_work_from_decoration():
     assert decor.verdict == "fail" and decor.value == 0.0 and decor.details["area"] == pytest.approx(1.0)
     wrong = checks.early_answering(LIS, INSTANCES, texts, lambda known, heads: [""] * len(known))
     assert wrong.verdict in ("not run", "pass")
+
+
+@pytest.mark.parametrize("shares", [(), (1.0,), (0.5, 0.25), (0.0, 1.5), (0.0, 0.0, 1.0)])
+def test_shares_of_the_reasoning_that_give_no_curve_are_refused(shares):
+    with pytest.raises(RlError, match="shares"):
+        checks.early_answering(LIS, INSTANCES[:2], POLICIES["perfect"](INSTANCES[:2]), _honest, shares)
 
 
 def test_a_forced_answer_is_begun_by_the_opener_and_ends_with_its_block():
@@ -267,6 +351,22 @@ def test_false_claims_under_right_answers_are_told():
     assert told.value == 1.0 and told.verdict == "warn" and told.details["worked"]["false"]["count"] == 96
     honest = checks.process_claims(LIS, INSTANCES, POLICIES["perfect"](INSTANCES))
     assert honest.verdict == "not run" and honest.details == {"reason": "no claim was made that is false"}
+
+
+def test_an_order_that_is_not_the_order_of_ends_is_a_false_claim():
+    task = get_task("activity")
+    some = task.instances(30, (6, 9), split="test")
+    right = [task.completion(one) for one in some]
+    turned = []
+    for one, text in zip(some, right, strict=True):
+        order = task.preface(one)
+        swapped = (order[1], order[0], *order[2:])
+        turned.append(text.replace(",".join(map(str, order)), ",".join(map(str, swapped)), 1))
+    told = checks.process_claims(task, [*some, *some], [*right, *turned])
+    claim = told.details["sorted"]
+    assert (claim["made"], claim["true"]["count"], claim["false"]["count"]) == (60, 30, 30)
+    assert claim["true"]["accuracy"] == claim["false"]["accuracy"] == 1.0 and told.value == 1.0
+    assert told.verdict == "warn" and told.n == 30 and 0.5 < claim["common_stretch"] < 1
 
 
 def test_the_sorted_preface_is_read_up_to_the_choice():

@@ -10,7 +10,8 @@ import pytest
 
 from krontune.rl import CertificateReward, RlError, checks, get_task
 from krontune.rl.checks.during import _spearman
-from krontune.rl.checks.rows import held_out_overlap
+from krontune.rl.checks.rows import held_out_overlap, rows_heuristics
+from krontune.rl.statistics import wilson_interval
 
 sys.path.insert(0, str(Path(__file__).parent))
 import hostile_rewards  # noqa: E402
@@ -42,6 +43,26 @@ def test_each_broken_promise_is_found_and_named(fault, broken):
     assert result.verdict == "fail" and any(fault in name for name in result.details["faults"])
 
 
+def test_an_instance_with_several_faults_counts_once():
+    refuses = _broken(check=lambda self, one, ids: replace(LIS.check(one, ids), feasible=False, optimal=False))
+    result = checks.soundness(refuses, n=(6, 8), size=4)
+    assert result.verdict == "fail" and len(result.details["faults"]) > 1
+    assert result.value == 1.0 and result.ci[0] <= result.value <= result.ci[1]
+
+
+def test_a_small_space_of_instances_is_no_leak_of_seeds():
+    """Two seeds share many instances by chance, each in an order of its own; a leak keeps their distance."""
+    small = get_task("lis", values=(1, 12))
+    first, second = ({small.key(one) for one in small.instances(40, 3, seed, "test")} for seed in (0, 1))
+    assert len(first & second) > 8
+    assert checks.soundness(small, n=(3, 3), size=40).details["faults"] == {}
+    shifted = _broken(
+        instances=lambda self, size, n, seed=0, split="train": LIS.instances(60, n, 7, split)[seed:][:size]
+    )
+    faults = checks.soundness(shifted, n=(6, 8), size=40).details["faults"]
+    assert faults["seeds s and s + 1 share instances"]["count"] == 3 * 39
+
+
 def test_leaking_seeds_and_wrong_symmetries_are_found():
     leaky = _broken(instances=lambda self, size, n, seed=0, split="train": LIS.instances(size, n, 0, split))
     assert "seeds s and s + 1 share instances" in checks.soundness(leaky, n=(6, 8), size=10).details["faults"]
@@ -64,6 +85,50 @@ def test_the_audit_passes_sound_rewards(kind):
     result = checks.verifier(CertificateReward(LIS, kind), LIS, size=12)
     assert result.verdict != "fail" and result.value == 0.0 and result.ci[1] < 0.02
     assert result.details["false_negative"]["value"] == 0.0 and result.details["failures"] == {}
+
+
+@pytest.mark.parametrize(("scale", "base"), [(0.2, 0.0), (10.0, 0.0), (2.0, -1.0), (1.0, -1.0)])
+def test_a_reward_on_another_scale_is_judged_alike(scale, base):
+    """Paid is what comes nearer to a worked solution's reward than to that of silence."""
+    for kind in ("certificate", "shaped", "answer"):
+        plain = CertificateReward(LIS, kind)
+
+        def scaled(completions, plain=plain, **columns):
+            return [base + scale * value for value in plain(completions=completions, instance=columns["instance"])]
+
+        audit = checks.verifier(scaled, LIS, n=(8, 12), size=8, guard=False)
+        same = checks.verifier(plain, LIS, n=(8, 12), size=8, guard=False)
+        assert (audit.verdict, audit.value) == (same.verdict, same.value)
+        floor = checks.heuristics(LIS, scaled, n=(8, 16), size=60)
+        assert floor.value == pytest.approx(checks.heuristics(LIS, plain, n=(8, 16), size=60).value)
+        assert floor.details["solution"] == pytest.approx(base + scale)
+        assert (audit.verdict == "fail") == (kind == "answer")
+        if kind == "answer":
+            assert floor.verdict == "fail" and floor.details["best"] == "patience_tails"
+
+
+def test_asynchronous_rewards_are_checked_too_without_a_guard():
+    async def late(completions, **columns):
+        return CertificateReward(LIS)(completions=completions, instance=columns["instance"])
+
+    assert checks.verifier(late, LIS, size=3, guard=False).verdict != "fail"
+    assert checks.heuristics(LIS, late, n=(8, 12), size=30).details["best"] == "beam3"
+    rows = [{"prompt": f"say {word}", "answer": word} for word in "abcdefgh"]
+
+    async def echo(completions, answer, **columns):
+        return [float(text == gold) for text, gold in zip(completions, answer, strict=True)]
+
+    assert rows_heuristics(echo, rows, [row["answer"] for row in rows]).value == 1 / 8
+
+
+def test_the_floor_over_rows_knows_the_scale_of_the_reward():
+    rows = [{"prompt": f"say {word}", "answer": word} for word in "aaaaaabc" * 8]
+
+    def pays(completions, answer, **columns):
+        return [10.0 * (text == gold) - 5 for text, gold in zip(completions, answer, strict=True)]
+
+    found = rows_heuristics(pays, rows, [row["answer"] for row in rows])
+    assert (found.value, found.verdict, found.details["solution"]) == (0.75, "warn", 5.0)
 
 
 @pytest.mark.parametrize("kind", ["answer", "ids_prefix"])
@@ -180,6 +245,23 @@ def test_heuristic_agreement_names_the_heuristic():
     assert checks.heuristic_agreement(LIS, instances, policies["perfect"](instances)).value == -1.0
 
 
+def test_a_heuristic_that_differs_on_one_instance_hides_no_other():
+    task = get_task("lis")
+    some = task.instances(60, (10, 14), split="test", discriminating=True)
+    beam, rare = task.heuristics["beam2"], some[0]
+    task.heuristics = {
+        "beam2": beam,
+        "rare": lambda one: beam(one) if one.rows == rare.rows else task.solve(one).certificate,
+    }
+    answers = [beam(one) if i < 48 else task.solve(one).certificate for i, one in enumerate(some)]
+    found = checks.heuristic_agreement(task, some, answers)
+    assert (found.verdict, found.details["heuristic"], found.n) == ("fail", "beam2", 60)
+    assert found.details["disagreement"]["rare"]["heuristic"] == {"value": 1.0, "ci": wilson_interval(1, 1), "n": 1}
+    logs = [{"lis/follows/beam2": 0.3 + 0.01 * (i % 2), "lis/follows/rare": i % 2 - 0.1} for i in range(12)]
+    followed = checks.followed(logs, "lis")
+    assert (followed.verdict, followed.details["heuristic"]) == ("fail", "beam2")
+
+
 def test_monitored_pays_alike_and_logs_each_sample_by_split_and_size():
     instances = LIS.instances(6, (5, 6), split="test")
     columns = {
@@ -194,6 +276,64 @@ def test_monitored_pays_alike_and_logs_each_sample_by_split_and_size():
     assert {n for n, _ in logged if n.startswith("lis/n")} >= {f"lis/n{one.n}/gap" for one in instances}
 
 
+def test_monitored_logs_whom_the_samples_follow_where_a_heuristic_is_wrong():
+    some = LIS.instances(30, (10, 14), split="test")
+    policies = checks.scripted_policies(LIS)
+    for policy, wanted in (("perfect", -1.0), ("beam2", 1.0), ("constant", 0.0)):
+        logged = {}
+        texts = policies[policy](some)
+        checks.Monitored(CertificateReward(LIS), LIS)(
+            completions=texts,
+            instance=[LIS.to_json(one) for one in some],
+            log_metric=lambda name, value, logged=logged: logged.setdefault(name, []).append(value),
+        )
+        agreement = checks.heuristic_agreement(LIS, some, texts).details["disagreement"]
+        for name in LIS.heuristics:
+            wrong = [one for one in some if name not in LIS.fooled(one)]
+            values = logged[f"lis/follows/{name}"]
+            assert len(values) == len(wrong) and agreement[name]["truth"]["n"] == len(wrong)
+            assert sum(values) / len(values) == pytest.approx(
+                agreement[name]["heuristic"]["value"] - agreement[name]["truth"]["value"]
+            )
+        assert sum(logged["lis/follows/beam2"]) == wanted * len(logged["lis/follows/beam2"])
+
+
+def test_monitored_waits_for_an_asynchronous_reward():
+    async def late(completions, **columns):
+        return [0.5] * len(completions)
+
+    assert checks.Monitored(late, LIS)(completions=["a", "b"]) == [0.5, 0.5]
+
+
+def _course(name, values):
+    return [{"step": i, name: value} for i, value in enumerate(values)]
+
+
+def test_a_gap_that_widens_is_told_from_one_that_stays():
+    noise = [0.01 * (-1) ** i for i in range(30)]
+    assert checks.gap_rise(_course("lis/all/gap", [0.3 + e for e in noise]), "lis/all/gap").verdict == "pass"
+    wide = checks.gap_rise(_course("lis/all/gap", [i / 30 + e for i, e in enumerate(noise)]), "lis/all/gap")
+    assert wide.verdict == "fail" and wide.value == pytest.approx(20 / 30, abs=0.02)
+    assert wide.ci[0] < wide.value < wide.ci[1] and wide.n == 30
+    assert checks.gap_rise(_course("lis/all/gap", [0.0, 0.5, 0.1] * 3), "lis/all/gap").verdict == "warn"
+    assert checks.gap_rise(_course("lis/all/gap", [0.0] * 9), "lis/all/gap").verdict == "pass"
+    assert checks.gap_rise(_course("lis/all/gap", [0.0] * 8), "lis/all/gap").verdict == "not run"
+
+
+def test_the_heuristic_that_is_followed_at_the_end_is_named():
+    noise = [0.01 * (-1) ** i for i in range(12)]
+    logs = _course("lis/follows/beam2", [-0.6 + i / 10 + e for i, e in enumerate(noise)])
+    for log in logs:
+        log["lis/follows/greedy_min"] = -0.4
+    found = checks.followed(logs, "lis")
+    assert (found.verdict, found.details["heuristic"]) == ("fail", "beam2") and found.value > 0.3
+    assert found.details["heuristics"]["beam2"]["start"] < 0
+    assert checks.followed(logs[:9], "lis").verdict == "warn"
+    assert checks.followed(_course("lis/follows/beam2", noise[:9]), "lis").verdict == "warn"
+    assert checks.followed(_course("lis/follows/beam2", [-0.5, -0.4, -0.6] * 3), "lis").verdict == "pass"
+    assert checks.followed(logs[:8], "lis").verdict == checks.followed(logs, "activity").verdict == "not run"
+
+
 def _logs(entropy, **extra):
     return [{"step": i, "entropy": value, "reward": 0.5, **extra} for i, value in enumerate(entropy)]
 
@@ -205,6 +345,9 @@ def test_collapse_sees_a_fall_that_lasts_and_not_a_dip():
     assert checks.collapse(_logs([*steady, 1.2, 1.2, 1.2])).verdict == "fail"
     assert checks.collapse(_logs([*steady, 0.5, 0.5, 0.5, 4.5, 4.5, 4.5])).verdict == "warn"
     assert checks.collapse(_logs(steady, frac_reward_zero_std=1.0)).verdict == "warn"
+    cut = checks.collapse(_logs(steady, **{"completions/clipped_ratio": 1.0}))
+    assert cut.verdict == "warn" and cut.details["cut"] and not cut.details["dead_groups"]
+    assert checks.collapse(_logs(steady, **{"completions/clipped_ratio": 0.5})).verdict == "pass"
     assert checks.collapse(_logs(steady[:4])).verdict == "not run"
 
 
@@ -216,6 +359,16 @@ def test_divergence_sees_the_reward_rise_without_the_strict_measure():
     assert checks.divergence(logs([0.5] * 10), "strict").verdict == "warn"
     assert checks.divergence(logs([1 - i / 20 for i in range(10)]), "strict").verdict == "fail"
     assert checks.divergence(logs([0.5] * 3), "strict").verdict == "not run"
+
+
+def test_few_log_entries_do_not_prove_a_divergence():
+    def logs(strict):
+        return [{"reward": i / 10, "strict": value} for i, value in enumerate(strict)]
+
+    unsure = checks.divergence(logs([0.6, 0.4, 0.5, 0.3, 0.45, 0.35]), "strict")
+    assert unsure.details["trends"]["strict"] < -0.5 and unsure.verdict == "warn" and unsure.ci[0] < -0.5 < unsure.ci[1]
+    sure = checks.divergence(logs([1 - i / 40 for i in range(30)]), "strict")
+    assert sure.verdict == "fail" and -1 <= sure.ci[0] < sure.value + 1e-2 and sure.ci[1] < 0
 
 
 def test_rank_correlation_agrees_with_scipy():

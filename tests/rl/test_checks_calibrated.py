@@ -1,18 +1,24 @@
 """Policies of known nature through the real reward and the real checks: who is told apart by what."""
 
+from pathlib import Path
+
 import pytest
 
 from krontune.rl import CertificateReward, checks, get_task
+from krontune.rl.checks.policies import mixture_policy
 from krontune.rl.guard import Guarded
 
 TASK = get_task("lis")
 INSTANCES = TASK.instances(128, (8, 16), split="test")
-POLICIES = checks.scripted_policies(TASK)
+MIXED = "mixed (30 % perfect, 70 % beam2)"
+POLICIES = {**checks.scripted_policies(TASK), MIXED: mixture_policy(TASK, {"perfect": 0.3, "beam2": 0.7})}
+PAGE = Path(__file__).parents[2] / "docs" / "checks.md"
 
 # policy: reward on the answer, triplet, attribution, heuristic_agreement, symmetry, size_ladder. "." is any verdict.
 CONFUSION = {
     "perfect": ("high", "pass", "pass", "pass", "pass", "pass"),
     "noisy": ("high", "pass", "pass", "pass", "not fail", "pass"),
+    MIXED: (".", "pass", "fail", "fail", ".", "not fail"),
     "patience_tails": ("high", "fail", "fail", "fail", "fail", "fail"),
     "greedy_first": ("low", ".", "fail", "fail", "fail", "fail"),
     "greedy_min": ("low", ".", "fail", "fail", "fail", "fail"),
@@ -41,6 +47,20 @@ def _fits(verdict: str, wanted: str) -> bool:
 
 def test_every_policy_has_its_row():
     assert set(CONFUSION) == set(POLICIES)
+
+
+def test_the_page_shows_these_policies_with_these_verdicts():
+    text = PAGE.read_text(encoding="utf-8")
+    section = text.partition("## Which check sees what")[2].partition("\n## ")[0]
+    rows = [[cell.strip(" *") for cell in line.strip("|").split("|")] for line in section.splitlines() if "|" in line]
+    assert rows[0][3:8] == ["triplet", "attribution", "agreement", "symmetry", "ladder"]
+    shown = {row[0] if row[0] in CONFUSION else row[0].partition(" (")[0]: row for row in rows[2:]}
+    assert set(shown) == set(CONFUSION)
+    for name, (earned, *wanted) in CONFUSION.items():
+        answer = float(shown[name][1])
+        assert earned == "." or (answer > 0.6 if earned == "high" else answer < 0.4), name
+        for verdict, want in zip(shown[name][3:8], wanted, strict=True):
+            assert _fits(verdict, want), (name, verdict, want)
 
 
 @pytest.mark.parametrize("name", list(CONFUSION))

@@ -51,7 +51,7 @@ def test_it_pays_what_the_reward_pays(guard):
 
 
 def test_512_hostile_completions_end_inside_the_batch_deadline_and_take_nothing_from_the_honest(guard):
-    quick = ["exit", "raise", "kill", "recurse", "exit", "memory"]
+    quick = ["exit", "raise", "kill", "recurse", "braces", "memory"]
     kinds = [*quick, "loop", "good", *quick, "tower", "good", *quick, "fork", "good", *quick, "raise", "good"]
     texts = kinds * 16
     one = guard(item_timeout_s=1.0, batch_timeout_s=10.0)
@@ -61,7 +61,8 @@ def test_512_hostile_completions_end_inside_the_batch_deadline_and_take_nothing_
     assert [reward for reward, text in zip(rewards, texts, strict=True) if text == "good"] == [1.0] * 64
     assert all(reward is None for reward, text in zip(rewards, texts, strict=True) if text != "good")
     assert sum(one.counts.values()) == 512 and one.counts["scored"] == 64
-    assert one.counts["crash"] == 16 * 12 and one.counts["exception"] == 16 * 13 and one.counts["timeout"] == 48
+    assert one.counts["crash"] == 16 * 8 and one.counts["exception"] + one.counts["timeout"] == 16 * 17 + 48
+    assert one.counts["exception"] >= 16 * 13 and one.counts["timeout"] >= 48  # deep braces take long on a busy machine
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import pytest
 
 from krontune.rl import RlError
 from krontune.rl.tasks import get_task
-from krontune.rl.tasks.subsequence import critical_levels, longest
+from krontune.rl.tasks.subsequence import count_optima, critical_levels, longest
 
 LIS = get_task("lis")
 
@@ -52,6 +52,14 @@ def test_one_critical_element_a_level_means_exactly_one_optimum():
         levels = critical_levels(values)
         assert len(levels) == len(naive_optima(values)[0])
         assert all(len(level) == 1 for level in levels.values()) == (len(naive_optima(values)) == 1), values
+    rng = random.Random(5)
+    unique = 0
+    for _ in range(4000):
+        values = tuple(rng.randint(1, rng.choice((9, 99, 999))) for _ in range(rng.randint(5, 24)))
+        one_each = all(len(level) == 1 for level in critical_levels(values).values())
+        assert one_each == (count_optima(values) == 1), values
+        unique += one_each
+    assert 400 < unique < 2000
 
 
 def test_check_agrees_with_trying_every_subset():

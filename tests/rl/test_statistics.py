@@ -4,7 +4,7 @@ import statistics
 import pytest
 
 from krontune.rl import RlError, paired_difference, wilson_interval
-from krontune.rl.statistics import alike_interval, clustered_mean
+from krontune.rl.statistics import alike_interval, clustered_mean, difference_of_means, mean_interval
 
 
 @pytest.mark.parametrize(
@@ -132,9 +132,37 @@ def test_samples_of_one_instance_do_not_narrow_the_interval():
     assert repeated[1:3] == pytest.approx((low, high), abs=0.03)
 
 
+@pytest.mark.parametrize("difference", [-1.0, 0.0, 1.0])
+def test_differences_that_never_varied_may_lie_on_either_side_of_what_was_seen(difference):
+    for count in (1, 50):
+        value, low, high, n = clustered_mean([difference] * count, range(count), lowest=-1.0)
+        assert (value, n) == (difference, count) and (low, high) == alike_interval(difference, count)
+
+
 def test_a_rate_that_never_varied_still_has_an_interval():
-    assert clustered_mean([1.0] * 64, [i // 4 for i in range(64)]) == (1.0, *wilson_interval(16, 16), 16)
+    found = clustered_mean([1.0] * 64, [i // 4 for i in range(64)])
+    assert found == pytest.approx((1.0, *wilson_interval(16, 16), 16))
+    for values, groups in (([0.0, 1.0], [0, 0]), ([0.5, 0.5], [0, 1])):  # alike, between 0 and 1
+        value, low, high, n = clustered_mean(values, groups)
+        share = wilson_interval(0, n)[1]
+        assert (value, low, high) == pytest.approx((0.5, 0.5 - 0.5 * share, 0.5 + 0.5 * share))
     with pytest.raises(RlError):
         clustered_mean([], [])
     with pytest.raises(RlError):
         clustered_mean([1.0], [1, 2])
+
+
+def test_intervals_of_means_are_those_of_scipy():
+    stats = pytest.importorskip("scipy.stats")
+    rng = random.Random(2)
+    first, second = [rng.gauss(1, 2) for _ in range(5)], [rng.gauss(0, 1) for _ in range(8)]
+    known = stats.ttest_ind(first, second, equal_var=False)
+    value, low, high = difference_of_means(first, second)
+    assert (low, high) == pytest.approx(tuple(known.confidence_interval(0.95)))
+    assert value == pytest.approx(statistics.fmean(first) - statistics.fmean(second))
+    known = stats.ttest_1samp(first, 0)
+    assert mean_interval(first)[1:] == pytest.approx(tuple(known.confidence_interval(0.95)))
+    assert difference_of_means([1.0, 1.0], [0.5, 0.5]) == (0.5, 0.5, 0.5)
+    for call in (lambda: mean_interval([1.0]), lambda: difference_of_means([1.0], [1.0, 2.0])):
+        with pytest.raises(RlError, match="2 values"):
+            call()

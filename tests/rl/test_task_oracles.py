@@ -79,11 +79,12 @@ def milp_optimum(worth, rows, limits, without=None):
     return round(-found.fun) if found.success else None
 
 
+@pytest.mark.parametrize("times", [60, pytest.param(1000, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("task", [PLAIN, WEIGHTED, KNAPSACK], ids=lambda task: task.name)
-def test_a_milp_solver_finds_the_same_optimum_and_another_one_only_where_there_is_one(task):
-    rng = random.Random(3)
+def test_a_milp_solver_finds_the_same_optimum_and_another_one_only_where_there_is_one(task, times):
+    rng = random.Random(times)
     unique = 0
-    for _ in range(100):
+    for _ in range(times):
         n = rng.randint(3, 12)
         if task is KNAPSACK:
             table = [(rng.randint(1, 12), rng.randint(1, 9)) for _ in range(n)]
@@ -102,4 +103,4 @@ def test_a_milp_solver_finds_the_same_optimum_and_another_one_only_where_there_i
         second = milp_optimum(worth, rows, limits, without=solution.certificate)
         assert (second == solution.value) == (solution.n_optima > 1)
         unique += solution.unique
-    assert 8 < unique < 90
+    assert 0.08 < unique / times < 0.9
