@@ -25,7 +25,8 @@ CHUNK = 16  # items sent to a worker at once: one round trip for many, and few t
 START_TIMEOUT_S = 120.0  # the first start imports whatever the reward function imports
 WORK_SHARE = 0.95  # of the batch's time: the rest is for killing what still runs, so that the call is back in time
 FIRST_LOOK_S = 0.05  # the least that the first round gives an item
-WARM_SHARE = 0.25  # of the batch's time: at most so much is lost on new children that do not get ready
+WARM_SHARE = 0.25  # of the batch's time: at most so much goes into finding out what a new child needs to get ready
+SILENT = 8  # new children in a row that are late: then what they need may be more than was known
 OUTCOMES = ("scored", "exception", "crash", "timeout", "batch_timeout", "too_long")
 
 _BOOT = (
@@ -50,8 +51,8 @@ class Guarded:
     batch_timeout_s: seconds for one call, starting when it gets the workers; what is left then is not scored.
         A first round gives every item its fair share of half that time, so that hostile completions cannot
         use up the time of the others; items that ran out of it are tried again with twice the time, and so on
-        up to `item_timeout_s`. The first item of a new child gets as much more as a child was seen to need to
-        get ready, since a reward may import or compile at its first call.
+        up to `item_timeout_s`. The first item of a new child gets besides what those of others were seen to take,
+        since a reward may import or compile at its first call.
     workers: child processes.
     max_chars: longer completions are not scored.
     memory_mb: what scoring may allocate beyond the loaded reward (address space; Linux only).
@@ -229,7 +230,8 @@ class _Worker:
                 "a worker that loads the reward from this script would train, too: put the training under "
                 'if __name__ == "__main__": or the reward into a module'
             )
-        self.grace: float | None = None  # what the first item of a new child gets besides; None: nothing is known yet
+        self.first_s: float | None = None  # what the first item of a new child takes; None: nothing is known
+        self.silent = 0  # new children in a row that were late with their first item
         try:
             pickled = pickle.dumps(reward)
         except Exception as error:
@@ -291,7 +293,7 @@ def _close(pool: list[_Worker]) -> None:
 class _Rounds:
     """Passes over the items that are left: hands out chunks, reads replies, kills what is late.
 
-    most: the item limit in seconds. spare: worker-seconds that may be lost on new children that do not get ready.
+    most: the item limit in seconds. spare: worker-seconds for finding out what a new child needs to get ready.
     """
 
     def __init__(
@@ -357,7 +359,9 @@ class _Rounds:
             return
         job, worker, now = self.busy[place], self.pool[place], time.monotonic()
         if worker.fresh:
-            worker.fresh, worker.grace = False, 2 * (now - job.since)
+            took = now - job.since
+            worker.first_s = took if worker.first_s is None else (worker.first_s + took) / 2
+            worker.fresh, worker.silent = False, 0
         self.replies[job.indices.popleft()] = reply
         job.since, job.late_at = now, now + limit
         if not job.indices:
@@ -365,15 +369,22 @@ class _Rounds:
             self.selector.unregister(self.pool[place].channel)
 
     def _first_limit(self, worker: _Worker, limit: float) -> float:
-        if not worker.fresh or self.spare <= 0:
+        """The limit of an item that may be the first of a new child."""
+        if not worker.fresh:
             return limit
-        return self.most if worker.grace is None else min(self.most, limit + worker.grace)
+        if worker.first_s is None:
+            return self.most if self.spare > 0 else limit
+        return min(self.most, limit + worker.first_s)
 
     def _not_ready(self, worker: _Worker, limit: float) -> None:
-        """A new child that says nothing: its item hangs, or it needs longer to get ready; the next one gets longer."""
-        if worker.fresh and self.spare > 0:
+        """A new child was late: its item hangs, or it needs longer to get ready than was known."""
+        if not worker.fresh:
+            return
+        if worker.first_s is None:
             self.spare -= self._first_limit(worker, limit) - limit
-            worker.grace = None if worker.grace is None else max(2 * worker.grace, limit)
+        worker.silent += 1
+        if worker.silent >= SILENT:
+            worker.first_s, worker.silent = None, 0
 
     def _fail(self, place: int, queue: deque[int], outcome: str, error: str) -> None:
         """The item at hand failed; the rest of the chunk goes back in front."""

@@ -4,6 +4,7 @@ Nothing here or in what it imports may import torch: the start of a worker is wh
 """
 
 import asyncio
+import gc
 import inspect
 import io
 import json
@@ -19,7 +20,6 @@ import struct
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 _LENGTH = struct.Struct("!Q")
@@ -71,6 +71,7 @@ def _keep(control: socket.socket, trainer: int) -> None:
     except BaseException as error:
         write_message(control, f"{type(error).__name__}: {error}"[:_MESSAGE_CHARS].encode())
         return
+    gc.freeze()  # or the first collection of each child would copy all that was loaded
     write_message(control, b"ready")
     child = 0
     try:
@@ -120,11 +121,12 @@ def _kill(child: int) -> int:
 
 def _started_by(pid: int) -> Iterator[int]:
     """What a process has started and what that has started (Linux; elsewhere nothing is found)."""
-    for thread in Path(f"/proc/{pid}/task").glob("*/children"):
-        with suppress(OSError):  # it has ended since
-            for child in map(int, thread.read_text().split()):
-                yield child
-                yield from _started_by(child)
+    with suppress(OSError):  # it has ended since
+        for thread in os.listdir(f"/proc/{pid}/task"):
+            with open(f"/proc/{pid}/task/{thread}/children") as children:
+                for child in map(int, children.read().split()):
+                    yield child
+                    yield from _started_by(child)
 
 
 def _die_with(keeper: int) -> None:

@@ -57,9 +57,11 @@ def test_512_hostile_completions_end_inside_the_batch_deadline_and_take_nothing_
     kinds = [*quick, "loop", "good", *quick, "tower", "good", *quick, "fork", "good", *quick, "raise", "good"]
     texts = kinds * 16
     one = guard(item_timeout_s=1.0, batch_timeout_s=10.0)
+    one(completions=["good"])  # the limit is counted from when it has its workers
+    one.counts.clear()
     start = time.monotonic()
     rewards = one(completions=texts)
-    assert len(texts) == 512 and time.monotonic() - start < 10.0 + 1.0  # and the start of the workers
+    assert len(texts) == 512 and time.monotonic() - start < 10.0 + 0.5
     assert [reward for reward, text in zip(rewards, texts, strict=True) if text == "good"] == [1.0] * 64
     assert all(reward is None for reward, text in zip(rewards, texts, strict=True) if text != "good")
     assert sum(one.counts.values()) == 512 and one.counts["scored"] == 64
@@ -100,9 +102,10 @@ def test_a_reward_that_is_slow_at_its_first_call_is_paid_in_a_large_batch(guard)
 
 def test_new_children_that_never_answer_do_not_use_up_the_batch(guard):
     one = guard(item_timeout_s=1.0, batch_timeout_s=3.0)
+    assert one(completions=["loop"] * 20 + ["good"]) == [None] * 20 + [1.0]
     start = time.monotonic()
     assert one(completions=["loop"] * 20 + ["good"]) == [None] * 20 + [1.0]
-    assert time.monotonic() - start < 3.0 + 2.0  # and the start of the workers
+    assert time.monotonic() - start < 3.0 + 0.5
 
 
 def test_a_reward_that_forks_and_comes_back_twice_shifts_no_rewards(guard):
