@@ -11,18 +11,20 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from ..data_selection import DataSelectionError
 from ..data_selection.files import write_atomic
 from ..data_selection.texts import row_text
-from ..rl import Guarded, RlError, checks
+from ..rl import CertificateTask, Guarded, RlError, checks
 from ..rl.checks import CheckResult
 from ..rl.checks.result import not_run
 from ..rl.checks.rows import held_out_overlap, pay_rows, rows_heuristics, rows_soundness, rows_verifier
+from ..rl.rewards import THEN
 from .faults import Fault, RecipeError
 from .links import feeder, rl_of, sources_behind
 from .masking import without_secrets
 from .pool import rows_file
 from .prompts import read_prompts
-from .reward_trial import ROWS, right_forms
+from .reward_trial import GOLD_COLUMNS, ROWS, right_forms
 from .rewards import make_reward
 from .rl import make_task, training_rows
 from .rows import Row, source_rows
@@ -58,32 +60,54 @@ def audit(recipe: Recipe) -> list[CheckResult]:
 
 @contextmanager
 def _told_of(recipe: Recipe, stage: Rl) -> Iterator[None]:
-    """What cannot be made or read is a fault of the stage."""
+    """What cannot be made or read, and what code of the user's own raises, is a fault of the stage."""
     try:
         yield
-    except (ValueError, OSError) as error:
+    except RecipeError:
+        raise
+    except Exception as error:
+        kind = "" if isinstance(error, RlError | DataSelectionError | OSError) else f"{type(error).__name__}: "
         where = recipe.where(("stages", recipe.place(stage), "stage"))
-        raise RecipeError([Fault(where, " ".join(str(error).split()))]) from error
+        raise RecipeError([Fault(where, kind + " ".join(str(error).split()))]) from error
 
 
 def _of_stage(recipe: Recipe, stage: Rl) -> list[CheckResult]:
     with _told_of(recipe, stage):
         task = None if stage.task is None else make_task(stage.task)
         rows = [] if task is not None else [dict(row) for row in training_rows(stage, recipe.seed)]
-        reward = make_reward(stage, task, recipe.seed)
-    try:
-        if task is not None and stage.task is not None:
+        reward, name = _judged(stage, task, recipe.seed)
+        try:
+            if task is None or stage.task is None:
+                return _of_rows(stage, reward, rows)
             n = stage.task.n
-            return [
-                tried("soundness", lambda: checks.soundness(task, n)),
-                tried("verifier", lambda: checks.verifier(reward, task, n)),
+            of_reward = [
+                _explained(tried("verifier", lambda: checks.verifier(reward, task, n)), reward),
                 tried("heuristics", lambda: checks.heuristics(task, reward, n)),
-                tried("shortcut_ceiling", lambda: checks.shortcut_ceiling(task, n)),
             ]
-        return _of_rows(stage, reward, rows)
-    finally:
-        if isinstance(reward, Guarded):
-            reward.close()
+            named = [replace(one, details={**name, **one.details}) for one in of_reward]
+            sound = tried("soundness", lambda: checks.soundness(task, n))
+            return [sound, *named, tried("shortcut_ceiling", lambda: checks.shortcut_ceiling(task, n))]
+        finally:
+            if isinstance(reward, Guarded):
+                reward.close()
+
+
+def _judged(stage: Rl, task: CertificateTask | None, seed: int) -> tuple[Any, dict[str, str]]:
+    """The reward to audit, and what to call it where that is not plain: of a curriculum what it pays in the end, since
+    a curriculum pays nothing without a trainer."""
+    reward = make_reward(stage, task, seed)
+    if stage.reward != "curriculum":
+        return reward, {}
+    last = str(stage.reward_options.get("then", THEN))
+    then = stage.model_copy(update={"reward": last, "reward_options": {}})
+    return make_reward(then, task, seed), {"reward": f"{last}, which the curriculum pays in the end"}
+
+
+def _explained(result: CheckResult, reward: Any) -> CheckResult:
+    """With the last message of a reward that failed."""
+    if not isinstance(reward, Guarded) or not result.details.get("failures"):
+        return result
+    return replace(result, details={**result.details, "last_error": reward.last_error})
 
 
 def tried(name: str, way: Callable[[], CheckResult]) -> CheckResult:
@@ -95,16 +119,26 @@ def tried(name: str, way: Callable[[], CheckResult]) -> CheckResult:
 
 
 def _of_rows(stage: Rl, reward: Any, rows: list[Row]) -> list[CheckResult]:
+    if not rows:
+        raise RlError("the data has no rows")
+    rows = _known(stage, rows)
     right = _right(stage, reward, rows)
     if not right:
         why = "no right completion is known: give the rows a column 'completion', or answers in 'answer'"
         return [not_run(name, why, len(rows)) for name in ("soundness", "verifier", "heuristics")]
     return [
         rows_soundness(rows, right),
-        rows_verifier(reward, rows, right),
+        _explained(rows_verifier(reward, rows, right), reward),
         rows_heuristics(reward, rows, right),
         not_run("shortcut_ceiling", "rows of data have no features that were told from the answer", len(rows)),
     ]
+
+
+def _known(stage: Rl, rows: list[Row]) -> list[Row]:
+    """Those that have the column of right answers which most have; all, where none has any."""
+    columns = [stage.reward_options.get("column", "answer")] if stage.reward == "math" else list(GOLD_COLUMNS)
+    parts = [[row for row in rows if row.get(name) is not None] for name in ("completion", *columns)]
+    return max(parts, key=len) or rows
 
 
 def _right(stage: Rl, reward: Any, rows: list[Row]) -> list[str]:
@@ -214,7 +248,8 @@ def _verifier_faults(details: dict[str, Any]) -> Iterator[str]:
     if missed:
         yield f"does not pay all of: {', '.join(missed)}"
     if details["failures"]:
-        yield "fails: " + ", ".join(f"{what} {count} times" for what, count in details["failures"].items())
+        last = f"; the last: {details['last_error']}" if details.get("last_error") else ""
+        yield "fails: " + ", ".join(f"{what} {count} times" for what, count in details["failures"].items()) + last
     if details["unstable"]:
         yield f"pays {details['unstable']} texts differently from call to call"
 

@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Callable
+from copy import copy
 from typing import Any
 
 from ..rl import CertificateReward, CertificateTask, Guarded, RlError
@@ -21,6 +22,8 @@ def make_reward(stage: Rl, task: CertificateTask | None, seed: int, control: str
         RlError: the reward cannot be built, and why.
     """
     reward = plain_reward(stage, task, seed, control)
+    if isinstance(reward, Guarded) and stage.guard == "auto":
+        return copy(reward)  # one that its author has guarded; with workers of its own
     return Guarded(reward, **guard_options(stage)) if is_guarded(stage, control) else reward
 
 

@@ -96,8 +96,12 @@ def summarise(marks: Sequence[Mark]) -> Evaluation:
 
 
 def read_instance(task: CertificateTask, instance: Instance | str) -> Instance:
-    """An Instance as it is; a string through `task.instance_from_json`, once while it is remembered."""
-    return instance if isinstance(instance, Instance) else _read(task, instance)
+    """An Instance as it is; a string through `task.instance_from_json`, once while it is remembered.
+
+    Raises RlError for anything else."""
+    if isinstance(instance, Instance):
+        return instance
+    return _read(task, instance) if isinstance(instance, str) else task.instance_from_json(instance)
 
 
 @lru_cache(maxsize=8192)
@@ -109,15 +113,17 @@ def _read(task: CertificateTask, text: str) -> Instance:
 def completion_text(completion: Any) -> str:
     """The text of a completion: a string, or the last assistant message of a list of chat messages.
 
-    Content in parts gives its text parts joined; a completion without text (a bare tool call) gives "".
+    Content in parts gives its text parts joined; a completion without text (None, a bare tool call) gives "". Raises
+    RlError for what is no completion.
     """
     if isinstance(completion, str):
         return completion
-    said = [message for message in completion or () if message.get("role", "assistant") == "assistant"]
-    content = said[-1].get("content") if said else None
-    if isinstance(content, str):
-        return content
-    return "".join(part.get("text") or "" for part in content or ())
+    try:
+        said = [message for message in completion or () if message.get("role", "assistant") == "assistant"]
+        content = said[-1].get("content") if said else None
+        return content if isinstance(content, str) else "".join(part.get("text") or "" for part in content or ())
+    except (AttributeError, TypeError):
+        raise RlError(f"a completion is text or a list of chat messages, got {completion!r:.80}") from None
 
 
 def _rate(flags: Sequence[bool]) -> Rate:

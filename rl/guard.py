@@ -11,11 +11,13 @@ import threading
 import time
 import weakref
 from collections import Counter, deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence, Set
 from dataclasses import dataclass, field
+from math import inf, isfinite
 from types import SimpleNamespace
 from typing import Any
 
+from . import guard_worker
 from .errors import RlError
 from .guard_worker import read_message, write_message
 
@@ -23,6 +25,8 @@ CHUNK = 16  # items sent to a worker at once: one round trip for many, and few t
 START_TIMEOUT_S = 120.0  # the first start imports whatever the reward function imports
 WORK_SHARE = 0.95  # of the batch's time: the rest is for killing what still runs, so that the call is back in time
 FIRST_LOOK_S = 0.05  # the least that the first round gives an item
+WARM_SHARE = 0.25  # of the batch's time: at most so much goes into finding out what a new child needs to get ready
+SILENT = 8  # new children in a row that are late: then what they need may be more than was known
 OUTCOMES = ("scored", "exception", "crash", "timeout", "batch_timeout", "too_long")
 
 _BOOT = (
@@ -47,11 +51,12 @@ class Guarded:
     batch_timeout_s: seconds for one call, starting when it gets the workers; what is left then is not scored.
         A first round gives every item its fair share of half that time, so that hostile completions cannot
         use up the time of the others; items that ran out of it are tried again with twice the time, and so on
-        up to `item_timeout_s`.
+        up to `item_timeout_s`. The first item of a new child gets besides what those of others were seen to take,
+        since a reward may import or compile at its first call.
     workers: child processes.
     max_chars: longer completions are not scored.
     memory_mb: what scoring may allocate beyond the loaded reward (address space; Linux only).
-    failed: the reward of an item without score: None (TRL leaves it out of the sum) or a number.
+    failed: the reward of an item without score: None (TRL leaves it out of the sum) or a finite number.
 
     A call returns a float or `failed` for each completion. An exception, a crash, a time out and an overlong
     text each count as failed; `counts` holds how many of each, `last_error` the last message. The reward's
@@ -59,7 +64,8 @@ class Guarded:
     children are JSON, so a completion that made the reward execute it still cannot execute in the trainer;
     files and network are not shut off, so this is no sandbox. Needs fork (Linux, macOS).
 
-    Raises RlError for bad options, a reward that cannot be pickled or loaded, and columns that cannot be.
+    Raises RlError for bad options, a reward that is guarded already or that cannot be pickled or loaded, and columns
+    that cannot be sent or are no column: of another length than the completions.
     """
 
     def __init__(
@@ -74,12 +80,20 @@ class Guarded:
     ):
         if not callable(reward):
             raise RlError(f"reward must be a function or a callable object, got {reward!r}")
+        if isinstance(reward, type):
+            raise RlError(
+                f"reward must be a function or an object; {reward.__name__!r} is a class: make an object of it"
+            )
+        if isinstance(reward, Guarded):
+            raise RlError("the reward is guarded already: give one guard its options, and not another one around it")
         for name, value in (("item_timeout_s", item_timeout_s), ("batch_timeout_s", batch_timeout_s)):
-            if not value > 0:
-                raise RlError(f"{name} must be more than 0 seconds, got {value!r}")
+            if not _is_number(value) or not 0 < value < inf:
+                raise RlError(f"{name} must be a number of seconds, more than 0, got {value!r}")
         for name, value in (("workers", workers), ("max_chars", max_chars), ("memory_mb", memory_mb)):
             if type(value) is not int or value < 1:
                 raise RlError(f"{name} must be a whole number, 1 or more, got {value!r}")
+        if failed is not None and not (_is_number(failed) and isfinite(failed)):
+            raise RlError(f"failed must be None or a finite number, got {failed!r}")
         if not hasattr(os, "fork"):
             raise RlError("Guarded needs a system with fork (Linux, macOS); score unguarded here")
         self.reward = reward
@@ -117,19 +131,25 @@ class Guarded:
         trainer_state: Any = None,
         **columns: Any,
     ) -> list[float | None]:
-        """One reward per completion. Columns as long as the completions are given item by item, others whole."""
+        """One reward per completion. Columns, one value a completion, are given item by item; a number, text, mapping
+        or set is given whole to each."""
         if completions is None:
             raise RlError("a reward needs completions")
+        if not _is_column(completions):
+            raise RlError(f"completions must be a list of texts or of chats, got {completions!r}"[:200])
         size = len(completions)
         for name, column in (("prompts", prompts), ("completions", completions)):
             if column is not None:
                 columns[name] = column
-        shared = {name: column for name, column in columns.items() if not _per_item(column, size)}
+        split = {name: list(column) for name, column in columns.items() if _is_column(column)}
+        for name, column in split.items():
+            if len(column) != size:
+                raise RlError(f"column {name!r} has {len(column)} values for {size} completions; one each is needed")
+        shared = {name: column for name, column in columns.items() if name not in split}
         if trainer_state is not None:
             shared["trainer_state"] = _plain_state(trainer_state)
         wants = {"log_extra": log_extra is not None, "log_metric": log_metric is not None}
-        split = [name for name in columns if name not in shared]
-        items = [{name: columns[name][i] for name in split} for i in range(size)]
+        items = [{name: column[i] for name, column in split.items()} for i in range(size)]
         with self._lock:
             if self._owner != os.getpid():  # forked since: the workers belong to the parent
                 self._pool, self._owner = [], os.getpid()
@@ -164,8 +184,10 @@ class Guarded:
             deadline = time.monotonic() + WORK_SHARE * self.batch_timeout_s
             fair = max(FIRST_LOOK_S, self.batch_timeout_s * self.workers / len(fit) / 2)
             limit = min(fair, self.item_timeout_s)
+            spare = WARM_SHARE * self.batch_timeout_s * self.workers
+            rounds = _Rounds(self._pool, items, replies, shared, wants, self.item_timeout_s, spare)
             while fit:
-                _Round(self._pool, items, replies, shared, wants).run(deque(fit), limit, deadline)
+                rounds.run(deque(fit), limit, deadline)
                 late = [i for i in fit if replies[i].outcome == "timeout"]
                 fit = late if limit < self.item_timeout_s and time.monotonic() < deadline else []
                 limit = min(2 * limit, self.item_timeout_s)
@@ -203,13 +225,21 @@ class _Worker:
 
     def __init__(self, reward: Callable[..., Any], memory_mb: int):
         self.reward, self.memory_mb = reward, memory_mb
+        if guard_worker.loading_script:
+            raise RlError(
+                "a worker that loads the reward from this script would train, too: put the training under "
+                'if __name__ == "__main__": or the reward into a module'
+            )
+        self.first_s: float | None = None  # what the first item of a new child takes; None: nothing is known
+        self.silent = 0  # new children in a row that were late with their first item
         try:
             pickled = pickle.dumps(reward)
         except Exception as error:
             raise RlError(f"the reward cannot be pickled ({error}): define it at the top level of a module") from error
         self.control, theirs = socket.socketpair()
         environment = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", **os.environ}
-        command = [sys.executable, "-c", _BOOT, json.dumps(sys.path), str(theirs.fileno())]
+        path = [entry for entry in sys.path if isinstance(entry, str)]  # Python itself passes over all others
+        command = [sys.executable, "-c", _BOOT, json.dumps(path), str(theirs.fileno())]
         self.process = subprocess.Popen(
             command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, env=environment, start_new_session=True
         )
@@ -230,6 +260,7 @@ class _Worker:
         ours, theirs = socket.socketpair()
         socket.send_fds(self.control, [b"f"], [theirs.fileno()])
         theirs.close()
+        self.fresh = True
         return ours
 
     def renew(self) -> None:
@@ -259,15 +290,28 @@ def _close(pool: list[_Worker]) -> None:
         worker.close()
 
 
-class _Round:
-    """One pass over the items that are left: hands out chunks, reads replies, kills what is late."""
+class _Rounds:
+    """Passes over the items that are left: hands out chunks, reads replies, kills what is late.
 
-    def __init__(self, pool: list[_Worker], items: Any, replies: list[_Reply], shared: Any, wants: dict[str, bool]):
+    most: the item limit in seconds. spare: worker-seconds for finding out what a new child needs to get ready.
+    """
+
+    def __init__(
+        self,
+        pool: list[_Worker],
+        items: Any,
+        replies: list[_Reply],
+        shared: Any,
+        wants: dict[str, bool],
+        most: float,
+        spare: float,
+    ):
         self.pool, self.items, self.replies, self.shared, self.wants = pool, items, replies, shared, wants
-        self.selector = selectors.DefaultSelector()
+        self.most, self.spare = most, spare
         self.busy: dict[int, _Job] = {}  # by place in the pool
 
     def run(self, queue: deque[int], limit: float, deadline: float) -> None:
+        self.selector = selectors.DefaultSelector()
         try:
             while (queue or self.busy) and time.monotonic() < deadline:
                 for place in range(len(self.pool)):
@@ -281,7 +325,8 @@ class _Round:
                 now = time.monotonic()
                 for place, job in list(self.busy.items()):
                     if job.late_at <= now < deadline:
-                        self._fail(place, queue, "timeout", f"no reply within {limit:.3g} s")
+                        self._not_ready(self.pool[place], limit)
+                        self._fail(place, queue, "timeout", f"no reply within {job.late_at - job.since:.3g} s")
         finally:  # whatever still runs is late for the batch
             for place in list(self.busy):
                 self._stop(place)
@@ -294,8 +339,9 @@ class _Round:
         except Exception as error:
             raise RlError(f"a column of the data set cannot be sent to the reward: {error}") from error
         worker = self.pool[place]
-        worker.channel.settimeout(max(limit, 1.0))
-        self.busy[place] = _Job(indices, time.monotonic() + limit)
+        worker.channel.settimeout(max(self.most, 1.0))
+        now = time.monotonic()
+        self.busy[place] = _Job(indices, now, now + self._first_limit(worker, limit))
         self.selector.register(worker.channel, selectors.EVENT_READ, place)
         try:
             write_message(worker.channel, payload)
@@ -311,12 +357,34 @@ class _Round:
         except (OSError, EOFError, ValueError, TypeError) as error:
             self._fail(place, queue, "crash", str(error))
             return
-        job = self.busy[place]
+        job, worker, now = self.busy[place], self.pool[place], time.monotonic()
+        if worker.fresh:
+            took = now - job.since
+            worker.first_s = took if worker.first_s is None else (worker.first_s + took) / 2
+            worker.fresh, worker.silent = False, 0
         self.replies[job.indices.popleft()] = reply
-        job.late_at = time.monotonic() + limit
+        job.since, job.late_at = now, now + limit
         if not job.indices:
             del self.busy[place]
             self.selector.unregister(self.pool[place].channel)
+
+    def _first_limit(self, worker: _Worker, limit: float) -> float:
+        """The limit of an item that may be the first of a new child."""
+        if not worker.fresh:
+            return limit
+        if worker.first_s is None:
+            return self.most if self.spare > 0 else limit
+        return min(self.most, limit + worker.first_s)
+
+    def _not_ready(self, worker: _Worker, limit: float) -> None:
+        """A new child was late: its item hangs, or it needs longer to get ready than was known."""
+        if not worker.fresh:
+            return
+        if worker.first_s is None:
+            self.spare -= self._first_limit(worker, limit) - limit
+        worker.silent += 1
+        if worker.silent >= SILENT:
+            worker.first_s, worker.silent = None, 0
 
     def _fail(self, place: int, queue: deque[int], outcome: str, error: str) -> None:
         """The item at hand failed; the rest of the chunk goes back in front."""
@@ -337,11 +405,17 @@ class _Round:
 @dataclass
 class _Job:
     indices: deque[int]
+    since: float  # when the item at hand was begun
     late_at: float
 
 
-def _per_item(column: Any, size: int) -> bool:
-    return isinstance(column, Sequence) and not isinstance(column, (str, bytes)) and len(column) == size
+def _is_column(column: Any) -> bool:
+    """Whether it holds values in order: a list, an array, a column of a data set."""
+    return isinstance(column, Collection) and not isinstance(column, (str, bytes, Mapping, Set))
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def _chars(completion: Any) -> int:

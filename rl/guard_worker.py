@@ -4,6 +4,7 @@ Nothing here or in what it imports may import torch: the start of a worker is wh
 """
 
 import asyncio
+import gc
 import inspect
 import io
 import json
@@ -17,12 +18,16 @@ import signal
 import socket
 import struct
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from typing import Any
 
 _LENGTH = struct.Struct("!Q")
 _MESSAGE_CHARS = 500
 _DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of Linux
+
+loading_script = False
+"""Whether this process is a worker that runs the trainer's script to find the reward in it."""
 
 
 def write_message(channel: socket.socket, payload: bytes) -> None:
@@ -52,14 +57,21 @@ def keep(descriptor: int) -> None:
 
     It ends, and its child with it, when the trainer closes the control channel or is gone.
     """
-    control = socket.socket(fileno=descriptor)
-    trainer = os.getppid()
-    pickled, script, memory_mb = pickle.loads(read_message(control) or b"")
+    with suppress(OSError):  # the trainer is gone
+        _keep(socket.socket(fileno=descriptor), os.getppid())
+
+
+def _keep(control: socket.socket, trainer: int) -> None:
+    sent = read_message(control)
+    if sent is None:
+        return
+    pickled, script, memory_mb = pickle.loads(sent)
     try:
         reward = _Loader(io.BytesIO(pickled), script).load()
     except BaseException as error:
         write_message(control, f"{type(error).__name__}: {error}"[:_MESSAGE_CHARS].encode())
         return
+    gc.freeze()  # or the first collection of each child would copy all that was loaded
     write_message(control, b"ready")
     child = 0
     try:
@@ -94,13 +106,27 @@ def _fork(reward: Callable[..., Any], control: socket.socket, descriptor: int, m
 
 
 def _kill(child: int) -> int:
+    apart = list(_started_by(child))  # what has made a session of its own is not in the group
     for kill in (os.killpg, os.kill):  # the group does not exist yet in a child that has only just been forked
         try:
             kill(child, signal.SIGKILL)
         except (ProcessLookupError, PermissionError):
             continue
+    for pid in apart:
+        with suppress(ProcessLookupError, PermissionError):
+            os.kill(pid, signal.SIGKILL)
     os.waitpid(child, 0)
     return 0
+
+
+def _started_by(pid: int) -> Iterator[int]:
+    """What a process has started and what that has started (Linux; elsewhere nothing is found)."""
+    with suppress(OSError):  # it has ended since
+        for thread in os.listdir(f"/proc/{pid}/task"):
+            with open(f"/proc/{pid}/task/{thread}/children") as children:
+                for child in map(int, children.read().split()):
+                    yield child
+                    yield from _started_by(child)
 
 
 def _die_with(keeper: int) -> None:
@@ -125,10 +151,14 @@ def limit_memory(memory_mb: int) -> None:
 
 def serve(reward: Callable[..., Any], channel: socket.socket) -> None:
     """Scores chunk after chunk and answers item by item, until the channel closes."""
+    me = os.getpid()
     while (message := read_message(channel)) is not None:
         items, shared, wants = pickle.loads(message)
         for item in items:
-            write_message(channel, json.dumps(_score(reward, item, shared, wants)).encode())
+            reply = _score(reward, item, shared, wants)
+            if os.getpid() != me:
+                return  # the reward has forked and come back twice: a second answer would be taken for the next item's
+            write_message(channel, json.dumps(reply).encode())
 
 
 def _score(reward: Callable[..., Any], item: dict[str, Any], shared: Any, wants: dict[str, bool]) -> dict[str, Any]:
@@ -143,6 +173,7 @@ def _score(reward: Callable[..., Any], item: dict[str, Any], shared: Any, wants:
         rewards = reward(**{name: [value] for name, value in item.items()}, **shared, **logs)
         if inspect.iscoroutine(rewards):
             rewards = asyncio.run(rewards)
+        rewards = _listed(rewards)
         if len(rewards) != 1:
             raise ValueError(f"the reward gave {len(rewards)} values for 1 completion")
         value = None if rewards[0] is None else float(rewards[0])
@@ -152,6 +183,13 @@ def _score(reward: Callable[..., Any], item: dict[str, Any], shared: Any, wants:
         message = f"{type(error).__name__}: {error}"[:_MESSAGE_CHARS]
         return {"outcome": "exception", "error": message}
     return {"value": value, "outcome": "scored", "metrics": metrics, "extra": extra}
+
+
+def _listed(rewards: Any) -> list[Any]:
+    try:
+        return list(rewards)
+    except TypeError:
+        raise TypeError(f"the reward gave {rewards!r:.80}, which is no list of one number a completion") from None
 
 
 def _plain(value: Any) -> Any:
@@ -167,10 +205,13 @@ class _Loader(pickle.Unpickler):
         self.names: dict[str, Any] | None = None
 
     def find_class(self, module: str, name: str) -> Any:
-        if module != "__main__":
+        global loading_script
+        if module not in ("__main__", "__mp_main__"):  # the second in a process that multiprocessing has spawned
             return super().find_class(module, name)
         if self.script is None:
             raise RuntimeError(f"{name} was defined in a notebook or on a prompt: put it into a module and import it")
         if self.names is None:
+            loading_script = True
             self.names = runpy.run_path(self.script, run_name="__mp_main__")
+            loading_script = False
         return self.names[name]

@@ -1,10 +1,12 @@
 """Rewards in the form that TRL's trainers call: from a task's own check, and from math-verify for other data."""
 
+import logging
 import random
 import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from math import isfinite
+from numbers import Real
 from typing import Any
 from zlib import crc32
 
@@ -15,10 +17,12 @@ from .tasks import get_task
 from .tasks.base import CertificateTask, Mark
 from .tasks.options import unknown
 from .tasks.preface import stated_order
+from .tasks.splits import whole
 
 __all__ = ["KINDS", "PARTS", "BoxedFormat", "CertificateReward", "Guarded", "MathReward", "RandomReward"]
 
 SHAPED_POWER = 5
+FIRST, THEN, SWITCH_AT = "sorted_preface", "answer", 20  # of a curriculum
 
 
 class CertificateReward:
@@ -38,8 +42,8 @@ class CertificateReward:
       `tasks.preface` (r_sort). Alone it teaches to write the sorted list as the answer.
     - "mixture":     the mean of the kinds in `weights`, weighted; by default answer, ids_exact and, in a task
       that sorts, sorted_preface, equally. {"answer": 0.9, "format": 0.1} is r_ans+fmt of the paper.
-    - "curriculum":  the kind `first` for the first `switch_at` optimiser steps, then the kind `then`. Needs
-      TRL's `trainer_state`, which the asynchronous trainers do not give.
+    - "curriculum":  the kind `first` (sorted_preface) for the first `switch_at` (20) optimiser steps, then the
+      kind `then` (answer). Needs TRL's `trainer_state`, which the asynchronous trainers do not give.
 
     Controls, which say how much of a gain the training itself makes, without any teaching:
 
@@ -61,7 +65,7 @@ class CertificateReward:
     `log_extra`, the completions table gets a column `verdict`. Picklable; named `<task>_<kind>`.
 
     Raises RlError for an unknown task or kind, weights that are no mixture, sorted_preface for a task that
-    sorts nothing, and when called without the columns it needs.
+    sorts nothing, options of another kind, and when called without the columns it needs.
     """
 
     def __init__(
@@ -70,18 +74,25 @@ class CertificateReward:
         kind: str = "certificate",
         *,
         weights: Mapping[str, float] | None = None,
-        first: str = "sorted_preface",
-        then: str = "answer",
-        switch_at: int = 20,
+        first: str | None = None,
+        then: str | None = None,
+        switch_at: int | None = None,
         seed: int = 0,
     ):
         if kind not in KINDS:
             raise unknown("reward kind", kind, KINDS)
         self.task = get_task(task) if isinstance(task, str) else task
+        if not isinstance(self.task, CertificateTask):
+            raise RlError(f"task must be the name of a task or what get_task gives, got {task!r}")
+        options = {"weights": weights, "first": first, "then": then, "switch_at": switch_at}
+        for name, value in options.items():
+            if value is not None and kind != ("mixture" if name == "weights" else "curriculum"):
+                raise RlError(f"{name} is an option of another reward than {kind!r}: leave it out, or name that reward")
         self.kind = kind
         self.weights = _mixture(weights, self.task) if kind == "mixture" else {}
-        self.first, self.then, self.switch_at = first, then, switch_at
-        for part in (first, then) if kind == "curriculum" else (kind, *self.weights):
+        self.first, self.then = FIRST if first is None else first, THEN if then is None else then
+        self.switch_at = SWITCH_AT if switch_at is None else whole("switch_at", switch_at)
+        for part in (self.first, self.then) if kind == "curriculum" else (kind, *self.weights):
             if kind == "curriculum" and part not in PARTS:
                 raise unknown("stage of a curriculum", part, PARTS)
             if part == "sorted_preface" and not _sorts(self.task):
@@ -169,6 +180,8 @@ def ids_prefix(task: CertificateTask, mark: Mark) -> float:
     if not mark.parsed.ok or mark.parsed.ids is None:
         return 0.0
     stated, gold = mark.parsed.ids, mark.solution.certificate
+    if not gold:  # to choose nothing is the optimum
+        return float(not stated)
     common = 0
     while common < min(len(stated), len(gold)) and stated[common] == gold[common]:
         common += 1
@@ -179,8 +192,10 @@ def shaped(task: CertificateTask, mark: Mark) -> float:
     """1[feasible] * (value / optimum) ** 5, or (optimum / value) ** 5 where fewer is better."""
     if not mark.parsed.ok or mark.check is None or not mark.check.feasible:
         return 0.0
-    ratio = mark.check.value / mark.solution.value
-    return (1 / ratio if task.fewest else ratio) ** SHAPED_POWER
+    if mark.check.optimal:
+        return 1.0  # also where the optimum is 0
+    found, best = mark.check.value, mark.solution.value
+    return (best / found if task.fewest else found / best) ** SHAPED_POWER
 
 
 def sorted_preface(task: CertificateTask, mark: Mark) -> float:
@@ -220,12 +235,15 @@ def _mixture(weights: Mapping[str, float] | None, task: CertificateTask) -> dict
     """The weights, scaled to sum to 1."""
     if weights is None:
         weights = {"answer": 1, "ids_exact": 1, **({"sorted_preface": 1} if _sorts(task) else {})}
+    if not isinstance(weights, Mapping):
+        raise RlError(f'the weights of a mixture must be given like {{"answer": 0.9, "format": 0.1}}, got {weights!r}')
     for part in weights:
         if part not in PARTS:
             raise unknown("part of a mixture", part, PARTS)
-    total = sum(weights.values())
-    if not weights or min(weights.values()) < 0 or total <= 0:
-        raise RlError(f"the weights of a mixture must be 0 or more and not all 0, got {dict(weights)}")
+    numbers = [weight for weight in weights.values() if isinstance(weight, Real) and isfinite(weight)]
+    total = sum(numbers)
+    if len(numbers) < len(weights) or not weights or min(numbers) < 0 or total <= 0:
+        raise RlError(f"the weights of a mixture must be numbers, 0 or more and not all 0, got {dict(weights)}")
     return {part: weight / total for part, weight in weights.items()}
 
 
@@ -259,10 +277,13 @@ class MathReward:
         self.__name__ = "math"
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Loaded with math-verify where it is there: a guard's worker then imports it once, outside any time limit."""
+        """Loaded with math-verify where it is there, and that made ready by a first use, which takes up to a second: a
+        guard's worker then does so once, outside any time limit."""
         self.__dict__.update(state)
         with suppress(ImportError):
             import math_verify  # noqa: F401
+
+            self._one("1", r"\boxed{\frac{1}{2}}")
 
     def __call__(
         self, prompts: Sequence[Any] | None = None, completions: Sequence[Any] | None = None, **columns: Any
@@ -272,9 +293,12 @@ class MathReward:
             raise RlError("a reward needs completions")
         if self.column not in columns:
             raise RlError(f"reward 'math' needs the data set's column {self.column!r} with the gold answers")
+        golds = columns[self.column]
+        if len(golds) != len(completions):
+            raise RlError(f"column {self.column!r} has {len(golds)} gold answers for {len(completions)} completions")
         return [
             self._one(str(gold), completion_text(completion)) if _is_gold(gold) else None
-            for gold, completion in zip(columns[self.column], completions, strict=True)
+            for gold, completion in zip(golds, completions, strict=True)
         ]
 
     def _one(self, gold: str, text: str) -> float | None:
@@ -282,6 +306,8 @@ class MathReward:
             from math_verify import LatexExtractionConfig, parse, verify
         except ImportError as error:
             raise RlError("reward 'math' needs math-verify: pip install krontune[math]") from error
+        for module in ("parser", "grader"):  # they warn in every process that its own time limit is off
+            logging.getLogger(f"math_verify.{module}").setLevel(logging.ERROR)
         gold = final_answer(gold)
         if _LIST.fullmatch(gold.strip()) and not _THOUSANDS.fullmatch(gold.strip()):
             raise RlError(
@@ -324,9 +350,9 @@ def final_answer(gold: str) -> str:
 
 def _is_gold(value: Any) -> bool:
     """Whether it can be an answer: text or a finite number, and no None, which str() would make a word of."""
-    if isinstance(value, float):
+    if isinstance(value, Real) and not isinstance(value, bool):
         return isfinite(value)
-    return isinstance(value, (str, int)) and not isinstance(value, bool)
+    return isinstance(value, str)
 
 
 class RandomReward:

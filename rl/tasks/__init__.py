@@ -41,9 +41,13 @@ def get_task(name: str, **options: Any) -> CertificateTask:
     module and so runs its code. Raises RlError for an unknown name or option, with the allowed ones and the
     nearest guess, and for a path that leads to no task.
     """
-    kind = _imported(name) if ":" in name else TASKS.get(name)
+    kind = None
+    if isinstance(name, str):
+        kind = _imported(name) if ":" in name else TASKS.get(name)
     if kind is None:
         raise unknown("task", name, TASKS)
+    if inspect.isabstract(kind):
+        raise RlError(f"task {name!r} lacks methods that a task has: {', '.join(sorted(kind.__abstractmethods__))}")
     allowed = list(inspect.signature(kind).parameters)
     for option in options:
         if option not in allowed:

@@ -19,7 +19,7 @@ from .intervals import (
     is_schedule,
     loose_rows,
 )
-from .options import integer_range, truth, unknown
+from .options import integer_range, truth, unknown, whole_rows
 from .parsing import Ids
 from .splits import MAX_TRIES, as_random, size_range
 
@@ -99,12 +99,13 @@ class Activity(CertificateTask):
         return {**given, "paper_compat": True} if self.paper_compat else given
 
     def instance(self, rows: Sequence[Sequence[int]]) -> Instance:
-        """The instance with these rows. Raises RlError for rows of another width, or that end before they start."""
-        width = len(self.columns)
-        for row in rows:
+        """The instance with these rows. Raises RlError for none, for other than whole numbers, for rows of another
+        width, or that end before they start."""
+        whole, width = whole_rows(rows), len(self.columns)
+        for row in whole:
             if len(row) != width or row[0] >= row[1] or (width > 2 and row[2] < 1):
-                raise RlError(f"an activity is {self.columns} with start < end and weight > 0, got {tuple(row)}")
-        return Instance(tuple(tuple(row) for row in rows))
+                raise RlError(f"an activity is {self.columns} with start < end and weight > 0, got {row}")
+        return Instance(whole)
 
     def generate(self, rng: Any, n: int | Sequence[int]) -> Instance:
         """A random instance of n rows, or of a size drawn first from [low, high].

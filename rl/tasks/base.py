@@ -4,6 +4,7 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from numbers import Real
 from typing import TYPE_CHECKING, Any
 
 from ..errors import RlError
@@ -252,7 +253,7 @@ class CertificateTask(ABC):
         """
         from datasets import Dataset
 
-        if not 0 <= hints <= 1:
+        if not isinstance(hints, Real) or not 0 <= hints <= 1:
             raise RlError(f"hints is the share of prompts with a hint, from 0 to 1, got {hints!r}")
         coin = stream(self.name, "hints", seed, split)
         rows = []

@@ -12,9 +12,9 @@ from typing import Any
 from ..errors import RlError
 from .arithmetic import SYMBOLS, Postfix, Search, apply, evaluate, ordered, read_infix, walk, write_infix
 from .base import CertificateTask, Check, Instance, Solution, permuted, table
-from .options import integer_range, truth, unknown
+from .options import integer_range, truth, unknown, whole_rows
 from .parsing import ANSWER_BLOCK, Ids, Parsed, last_segment, only_block
-from .splits import MAX_TRIES, as_random, size_range
+from .splits import MAX_TRIES, as_random, size_range, whole
 
 MAX_ROWS = 6
 GENERATORS = ("planted", "rejection")
@@ -67,10 +67,11 @@ class Countdown(CertificateTask):
         return {name: getattr(self, name) for name in ("values", "target", "unique", "generator")}
 
     def instance(self, values: Sequence[int], target: int) -> Instance:
-        """The instance with these values. Raises RlError for more than 6 of them or numbers below 1."""
-        if not 1 <= len(values) <= MAX_ROWS or min(*values, target) < 1:
+        """The instance with these values. Raises RlError for none or more than 6, or other numbers than 1, 2, ..."""
+        rows, target = whole_rows([(value,) for value in values]), whole("target", target)
+        if len(rows) > MAX_ROWS or min(min(rows)[0], target) < 1:
             raise RlError(f"countdown has 1 to {MAX_ROWS} values, 1 or more, got {values!r} and target {target}")
-        return Instance(tuple((value,) for value in values), params=(target,))
+        return Instance(rows, params=(target,))
 
     def generate(self, rng: Any, n: int | Sequence[int]) -> Instance:
         """A random instance of n rows, 6 at most, or of a size drawn first from [low, high].

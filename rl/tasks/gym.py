@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import RlError
 from ..evaluation import completion_text
 from ..guard import Guarded
-from . import TASKS
+from . import TASKS, get_task
 from .base import CertificateTask
 from .options import unknown
 from .splits import stream
@@ -61,7 +61,7 @@ def _dataset_class(kind: type[CertificateTask]) -> tuple[type, type]:
     class TaskDataset(base):
         def __init__(self, config: Any):
             super().__init__(config, config.seed, config.size)
-            self.task = kind(**(config.options or {}))
+            self.task = get_task(kind.name, **(config.options or {}))
 
         def __getitem__(self, idx: int) -> dict[str, Any]:
             task = self.task
@@ -128,6 +128,11 @@ class GymScorer:
     def __init__(self, name: str):
         self.name = name
         self.__name__ = f"gym_{name}"
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Loaded with reasoning-gym, which takes seconds: a guard's worker then does so outside any time limit."""
+        self.__dict__.update(state)
+        _gym("factory")
 
     def __call__(
         self,

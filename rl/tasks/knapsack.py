@@ -8,9 +8,9 @@ from typing import Any
 
 from ..errors import RlError
 from .base import CertificateTask, Check, Instance, Solution, known_ids, permuted, table
-from .options import integer_range, truth, unknown
+from .options import integer_range, truth, unknown, whole_rows
 from .parsing import Ids
-from .splits import MAX_TRIES, as_random, size_range
+from .splits import MAX_TRIES, as_random, size_range, whole
 
 REJECTION_MAX_N = 16
 GENERATORS = ("auto", "rejection", "repair")
@@ -65,10 +65,11 @@ class Knapsack(CertificateTask):
         return {name: getattr(self, name) for name in ("weights", "values", "unique", "generator")}
 
     def instance(self, rows: Sequence[Sequence[int]], capacity: int) -> Instance:
-        """The instance with these rows. Raises RlError for another width, or numbers below 1."""
-        if any(len(row) != 2 or min(row) < 1 for row in rows) or capacity < 1:
+        """The instance with these rows. Raises RlError for none, another width, or other numbers than 1, 2, ..."""
+        packed, capacity = whole_rows(rows), whole("capacity", capacity)
+        if any(len(row) != 2 or min(row) < 1 for row in packed) or capacity < 1:
             raise RlError(f"a row is (weight, value), all numbers 1 or more, got {rows!r} and capacity {capacity}")
-        return Instance(tuple(tuple(row) for row in rows), params=(capacity,))
+        return Instance(packed, params=(capacity,))
 
     def generate(self, rng: Any, n: int | Sequence[int]) -> Instance:
         """A random instance of n rows, or of a size drawn first from [low, high].

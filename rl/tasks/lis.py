@@ -10,7 +10,7 @@ from typing import Any
 
 from ..errors import RlError
 from .base import CertificateTask, Check, Instance, Solution, table
-from .options import integer_range, truth
+from .options import integer_range, truth, whole_rows
 from .parsing import Ids
 from .splits import MAX_TRIES, as_random, size_range
 from .subsequence import RULES, critical_levels, is_increasing, longest
@@ -64,8 +64,8 @@ class Lis(CertificateTask):
         return {**given, "paper_compat": True} if self.paper_compat else given
 
     def instance(self, values: Sequence[int]) -> Instance:
-        """The instance with these values, top to bottom."""
-        return Instance(tuple((value,) for value in values))
+        """The instance with these values, top to bottom. Raises RlError for none, or for other than whole numbers."""
+        return Instance(whole_rows([(value,) for value in values]))
 
     def generate(self, rng: Any, n: int | Sequence[int]) -> Instance:
         """A random instance of n rows, or of a size drawn first from [low, high].

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
+from operator import index
 from typing import Any
 
 from ..errors import RlError
@@ -15,6 +16,17 @@ def integer_range(name: str, value: Any, lowest: int | None = None) -> tuple[int
     if lowest is not None and pair[0] < lowest:
         raise RlError(f"{name} must not go below {lowest}, got {value!r}")
     return pair[0], pair[1]
+
+
+def whole_rows(rows: Any) -> tuple[tuple[int, ...], ...]:
+    """The rows of an instance made by hand, as plain integers. Raises RlError for none, or for other than integers."""
+    try:
+        found = tuple(tuple(map(index, row)) for row in rows)
+    except TypeError:
+        found = ()
+    if not found:
+        raise RlError(f"an instance has one row or more, of whole numbers, got {rows!r:.200}")
+    return found
 
 
 def truth(name: str, value: Any) -> bool:

@@ -2,10 +2,12 @@
 
 import os
 import signal
+import subprocess
 import sys
 import time
 
 CALLS = []
+READY = []
 
 
 def obey(completions, **columns):
@@ -92,3 +94,39 @@ def fragile(completions, **columns):
 def moody(completions, **columns):
     CALLS.append(1)
     return [float(len(CALLS) % 3 == 0)] * len(completions)
+
+
+def slow_at_first(completions, **columns):
+    """Needs 0.4 s in each new process, as one does that imports or compiles at its first call."""
+    if not READY:
+        time.sleep(0.4)
+        READY.append(1)
+    return obey(completions)
+
+
+def twice(completions, **columns):
+    """Comes back in two processes where it is told to, else pays the number that stands there."""
+    if completions[0] == "fork":
+        os.fork()
+        return [0.0]
+    return [float(completions[0])]
+
+
+def same(completions, answer, **columns):
+    return [float(text == str(gold)) for text, gold in zip(completions, answer, strict=True)]
+
+
+def apart(completions, **columns):
+    """Starts a process with a session of its own, writes its number where it is told to, and hangs."""
+    started = subprocess.Popen(["sleep", "60"], start_new_session=True)
+    with open(completions[0], "w") as file:
+        file.write(str(started.pid))
+    time.sleep(60)
+
+
+def yields(completions, **columns):
+    return (1.0 for _ in completions)
+
+
+def silent(completions, **columns):
+    return None

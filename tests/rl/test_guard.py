@@ -9,7 +9,9 @@ import threading
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
+from datasets import Dataset
 
 from krontune.rl import CertificateReward, RlError, get_task
 from krontune.rl.guard import Guarded
@@ -55,9 +57,11 @@ def test_512_hostile_completions_end_inside_the_batch_deadline_and_take_nothing_
     kinds = [*quick, "loop", "good", *quick, "tower", "good", *quick, "fork", "good", *quick, "raise", "good"]
     texts = kinds * 16
     one = guard(item_timeout_s=1.0, batch_timeout_s=10.0)
+    one(completions=["good"])  # the limit is counted from when it has its workers
+    one.counts.clear()
     start = time.monotonic()
     rewards = one(completions=texts)
-    assert len(texts) == 512 and time.monotonic() - start < 10.0 + 1.0  # and the start of the workers
+    assert len(texts) == 512 and time.monotonic() - start < 10.0 + 0.5
     assert [reward for reward, text in zip(rewards, texts, strict=True) if text == "good"] == [1.0] * 64
     assert all(reward is None for reward, text in zip(rewards, texts, strict=True) if text != "good")
     assert sum(one.counts.values()) == 512 and one.counts["scored"] == 64
@@ -89,6 +93,59 @@ def test_a_slow_item_gets_its_second_chance(guard):
     one = guard(item_timeout_s=2.0, batch_timeout_s=6.0, workers=2)
     texts = ["nap", *["good"] * 60]  # the fair share is 0.1 s, the nap takes 0.3 s: the third round has 0.4 s
     assert one(completions=texts) == [1.0] * 61
+
+
+def test_a_reward_that_is_slow_at_its_first_call_is_paid_in_a_large_batch(guard):
+    texts = ["good"] * 60 + ["loop"] + ["good"] * 60  # the fair share of each is 0.05 s
+    one = guard(hostile.slow_at_first, item_timeout_s=0.8, batch_timeout_s=5.0)
+    assert one(completions=texts) == [1.0] * 60 + [None] + [1.0] * 60
+
+
+def test_new_children_that_never_answer_do_not_use_up_the_batch(guard):
+    one = guard(item_timeout_s=1.0, batch_timeout_s=3.0)
+    assert one(completions=["loop"] * 20 + ["good"]) == [None] * 20 + [1.0]
+    start = time.monotonic()
+    assert one(completions=["loop"] * 20 + ["good"]) == [None] * 20 + [1.0]
+    assert time.monotonic() - start < 3.0 + 0.5
+
+
+def test_a_reward_that_forks_and_comes_back_twice_shifts_no_rewards(guard):
+    texts = ["1", "fork", *map(str, range(2, 40))]
+    assert guard(hostile.twice, workers=1)(completions=texts) == [
+        0.0 if text == "fork" else float(text) for text in texts
+    ]
+
+
+def test_columns_are_arrays_too_and_one_of_another_length_is_refused(guard):
+    one = guard(hostile.same, workers=1)
+    texts = ["3", "4", "5"]
+    for answer in ([3, 4, 6], (3, 4, 6), np.array([3, 4, 6]), Dataset.from_dict({"a": [3, 4, 6]})["a"]):
+        assert one(completions=np.array(texts, dtype=object), answer=answer) == [1.0, 1.0, 0.0]
+    with pytest.raises(RlError, match="'answer' has 2 values for 3 completions"):
+        one(completions=texts, answer=[3, 4])
+    with pytest.raises(RlError, match="'prompts' has 1 values for 3"):
+        one(prompts=["?"], completions=texts, answer=[3, 4, 5])
+    for wrong in ("345", (text for text in texts)):
+        with pytest.raises(RlError, match="list of texts or of chats"):
+            one(completions=wrong, answer=[3, 4, 5])
+
+
+def test_a_generator_is_a_list_of_rewards_and_none_is_not(guard):
+    assert guard(hostile.yields, workers=1)(completions=["x", "y"]) == [1.0, 1.0]
+    one = guard(hostile.silent, workers=1)
+    assert one(completions=["x"]) == [None] and "gave None, which is no list" in one.last_error
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="reads /proc")
+def test_what_has_made_a_session_of_its_own_is_killed_too(guard, tmp_path):
+    one = guard(hostile.apart, item_timeout_s=1.0, workers=1)
+    assert one(completions=[str(tmp_path / "pid")]) == [None]
+    assert _gone([int((tmp_path / "pid").read_text())])
+
+
+def test_entries_of_the_path_that_are_no_text_do_no_harm(guard, monkeypatch, tmp_path):
+    monkeypatch.setattr(sys, "path", [*sys.path, tmp_path])
+    assert guard(workers=1)(completions=["good"]) == [1.0]
 
 
 def test_a_new_child_comes_in_less_than_half_a_second_and_has_no_torch(guard):
@@ -162,8 +219,18 @@ def test_what_cannot_be_guarded_is_refused_with_the_reason(guard):
         guard(lambda completions: [1.0])(completions=["x"])
     with pytest.raises(RlError, match="item_timeout_s"):
         guard(item_timeout_s=0)
+    for seconds in ("2", None, math.nan, math.inf, True):
+        with pytest.raises(RlError, match="batch_timeout_s must be a number of seconds"):
+            guard(batch_timeout_s=seconds)
+    for number in ("0", math.nan, True):
+        with pytest.raises(RlError, match="failed must be None or a finite number"):
+            guard(failed=number)
     with pytest.raises(RlError, match="workers"):
         guard(workers=1.5)
+    with pytest.raises(RlError, match="'CertificateReward' is a class"):
+        guard(CertificateReward)
+    with pytest.raises(RlError, match="guarded already"):
+        guard(guard())
     with pytest.raises(RlError, match="function"):
         guard("lis")
     with pytest.raises(RlError, match="needs completions"):
@@ -245,6 +312,37 @@ def test_nothing_is_left_when_the_trainer(tmp_path, how):
     gone = _gone(family)
     os.kill(bystander, signal.SIGKILL)
     assert gone
+
+
+UNGUARDED = """
+import multiprocessing
+from krontune.rl.guard import Guarded
+
+def mine(completions, **columns):
+    return [float(len(text)) for text in completions]
+
+def train():
+    guard = Guarded(mine, workers=1)
+    print(guard(completions=["ab", "abc"]), flush=True)
+    guard.close()
+
+"""
+
+
+def test_a_script_that_trains_while_it_is_imported_is_told_what_to_do(tmp_path):
+    script = tmp_path / "train.py"
+    script.write_text(UNGUARDED + "train()")
+    found = subprocess.run([sys.executable, str(script)], capture_output=True, text=True)
+    said = found.stderr.splitlines()[-1]
+    assert 'if __name__ == "__main__"' in said and said.count("could not load the reward") == 1
+
+
+def test_a_process_that_multiprocessing_spawned_guards_a_reward_of_the_script(tmp_path):
+    script = tmp_path / "train.py"
+    spawns = 'multiprocessing.get_context("spawn").Process(target=train).start()'
+    script.write_text(f"{UNGUARDED}if __name__ == '__main__':\n    {spawns}\n")
+    found = subprocess.run([sys.executable, str(script)], capture_output=True, text=True)
+    assert found.stdout == "[2.0, 3.0]\n", found.stderr
 
 
 @pytest.mark.skipif(importlib.util.find_spec("math_verify") is None, reason="needs math-verify")

@@ -1,5 +1,6 @@
 import pickle
 
+import numpy as np
 import pytest
 
 from krontune.rl import RlError
@@ -70,3 +71,18 @@ def test_guarded_it_outlives_a_power_tower():
 def test_a_row_without_a_gold_answer_is_left_out(gold):
     paid = MathReward()(completions=["\\boxed{None}", "\\boxed{2}"], answer=[gold, 2])
     assert paid == [None, 1.0]
+
+
+def test_gold_answers_of_an_array_count_and_each_completion_needs_one():
+    assert REWARD(completions=[r"\boxed{5}", r"\boxed{6}"], answer=np.array([5, 5])) == [1.0, 0.0]
+    with pytest.raises(RlError, match="1 gold answers for 2 completions"):
+        REWARD(completions=["a", "b"], answer=["5"])
+
+
+def test_a_large_batch_is_scored_at_the_first_call_and_nothing_is_said_beside_it(capfd):
+    guarded = Guarded(MathReward())
+    try:
+        assert guarded(completions=[r"\boxed{3}", r"\boxed{4}"] * 200, answer=["3"] * 400) == [1.0, 0.0] * 200
+    finally:
+        guarded.close()
+    assert capfd.readouterr() == ("", "")

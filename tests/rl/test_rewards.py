@@ -1,4 +1,5 @@
 import asyncio
+import math
 import pickle
 from types import SimpleNamespace
 
@@ -156,13 +157,32 @@ def test_guarded_is_found_beside_the_rewards_and_changes_nothing():
 def test_mixtures_and_curricula_that_mean_nothing_are_refused():
     with pytest.raises(RlError, match="did you mean 'answer'"):
         CertificateReward(LIS, "mixture", weights={"anwser": 1})
-    for weights in ({}, {"answer": 0}, {"answer": 2, "shaped": -1}):
+    wrong = (math.nan, math.inf, "1", None)
+    for weights in ({}, {"answer": 0}, {"answer": 2, "shaped": -1}, ["answer"], 5, *({"answer": one} for one in wrong)):
         with pytest.raises(RlError, match="weights of a mixture"):
             CertificateReward(LIS, "mixture", weights=weights)
     with pytest.raises(RlError, match="stage of a curriculum"):
         CertificateReward(ACTIVITY, "curriculum", first="mixture")
     with pytest.raises(RlError, match="sorts nothing"):
         CertificateReward(LIS, "curriculum")
+
+
+def test_options_of_another_kind_are_refused():
+    for options in ({"weights": {"answer": 1}}, {"first": "format"}, {"then": "answer"}, {"switch_at": 3}):
+        with pytest.raises(RlError, match="option of another reward than 'answer'"):
+            CertificateReward(ACTIVITY, "answer", **options)
+    with pytest.raises(RlError, match="switch_at must be an integer"):
+        CertificateReward(ACTIVITY, "curriculum", switch_at="20")
+    with pytest.raises(RlError, match="stage of a curriculum"):
+        CertificateReward(ACTIVITY, "curriculum", first="")
+
+
+@pytest.mark.parametrize("kind", ["ids_exact", "ids_prefix", "shaped", "certificate"])
+def test_to_choose_nothing_is_paid_where_it_is_the_optimum(kind):
+    task = get_task("knapsack")
+    item = task.instance([(5, 3), (6, 9)], capacity=4)
+    texts = [task.completion(item), r"\ids{1} \answer{3}"]
+    assert CertificateReward(task, kind)(completions=texts, instance=[item] * 2) == [1.0, 0.0]
 
 
 def test_any_optimal_certificate_is_paid_where_optima_are_several():
@@ -222,6 +242,9 @@ def test_unknown_kinds_and_tasks_are_refused_by_name():
         CertificateReward("lis", "exact")
     with pytest.raises(RlError, match="unknown task"):
         CertificateReward("sudoku")
+    for task in (type(LIS), 5, None):
+        with pytest.raises(RlError, match="what get_task gives"):
+            CertificateReward(task)
 
 
 def test_a_data_set_that_cannot_be_scored_is_refused():
@@ -230,5 +253,14 @@ def test_a_data_set_that_cannot_be_scored_is_refused():
         reward(completions=[GOLD])
     with pytest.raises(RlError, match="2 completions for 1 instances"):
         reward(completions=[GOLD, GOLD], instance=[INSTANCE])
-    with pytest.raises(RlError, match="to_json"):
-        reward(completions=[GOLD], instance=["1,2,3"])
+    for instance in ("1,2,3", None, {"rows": [[1]]}):
+        with pytest.raises(RlError, match="to_json"):
+            reward(completions=[GOLD], instance=[instance])
+
+
+def test_what_is_no_completion_is_refused_and_a_missing_one_is_silence():
+    reward = CertificateReward("lis")
+    assert reward(completions=[None, "\ud800" + GOLD, "x" * 50_000 + GOLD], instance=[INSTANCE] * 3) == [0.0, 1.0, 1.0]
+    for wrong in (math.nan, 5, b"x", {"role": "assistant", "content": GOLD}, [GOLD], [{"content": [GOLD]}], [None]):
+        with pytest.raises(RlError, match="text or a list of chat messages"):
+            reward(completions=[wrong], instance=[INSTANCE])

@@ -87,3 +87,9 @@ def test_an_exhausted_split_is_an_error_that_says_what_to_do():
 def test_bad_arguments_are_refused(arguments, message):
     with pytest.raises(RlError, match=message):
         LIS.dataset(*arguments)
+
+
+@pytest.mark.parametrize("hints", [-0.1, 1.1, "0.5", None])
+def test_hints_are_a_share(hints):
+    with pytest.raises(RlError, match="share of prompts"):
+        LIS.dataset(3, 5, hints=hints)

@@ -27,6 +27,8 @@ def test_our_neighbouring_seeds_share_no_item_and_options_reach_the_task():
     one, two = ({item["question"] for item in make("krontune_lis", seed=s, size=30, max_n=8)} for s in (0, 1))
     assert len(one & two) <= 1
     item = make("krontune_lis", seed=0, size=1, options={"values": (5, 9)})[0]
+    with pytest.raises(RlError, match="did you mean 'values'"):
+        make("krontune_lis", seed=0, size=1, options={"value": (5, 9)})
     rows = json.loads(item["metadata"]["instance"])["rows"]
     assert all(5 <= value <= 9 for (value,) in rows)
 

@@ -68,3 +68,8 @@ def test_options_of_a_dotted_task_are_checked_too():
 def test_a_path_that_leads_to_no_task_is_refused(path, message):
     with pytest.raises(RlError, match=message):
         get_task(path)
+
+
+def test_a_task_that_lacks_methods_is_told_which():
+    with pytest.raises(RlError, match="lacks methods that a task has: check, features"):
+        get_task("krontune.rl.tasks:CertificateTask")

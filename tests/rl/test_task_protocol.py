@@ -4,10 +4,11 @@ import math
 import pickle
 import random
 
+import numpy as np
 import pytest
 
 from krontune.rl import RlError, heuristic_table, score
-from krontune.rl.tasks import TASKS, get_task
+from krontune.rl.tasks import TASKS, Lis, get_task
 from krontune.rl.tasks.splits import split_of
 
 NAMES = sorted(TASKS)
@@ -157,3 +158,28 @@ def test_the_lis_of_the_paper_has_its_values_and_favours_few_rows():
     assert paper.instances(5, [5, 16]) != get_task("lis", values=(1, 1000)).instances(5, [5, 16])
     with pytest.raises(RlError, match="paper_compat fixes"):
         get_task("lis", values=(1, 9), paper_compat=True)
+
+
+BY_HAND = {  # arguments of `instance`: rows, and what goes with them
+    "activity": ([(0, 5), (5, 9)],),
+    "activity_weighted": ([(0, 5, 1), (5, 9, 2)],),
+    "countdown": ([3, 4], 12),
+    "knapsack": ([(2, 3), (4, 5)], 5),
+    "lis": ([3, 1, 2],),
+}
+
+
+def test_instances_by_hand_are_whole_numbers_and_one_row_at_least(task):
+    rows, *rest = BY_HAND[task.name]
+    item = task.instance(rows, *rest)
+    assert task.instance(np.array(rows), *rest) == item == task.instance_from_json(task.to_json(item))
+    assert task.to_json(task.instance(np.array(rows), *rest)) == task.to_json(item)
+    for wrong in ([], np.array(rows) + 0.5, ["a", "b"], [None]):
+        with pytest.raises(RlError, match="one row or more"):
+            task.instance(wrong, *rest)
+
+
+@pytest.mark.parametrize("name", [None, 5, ["lis"], Lis])
+def test_a_name_that_is_no_text_is_no_task(name):
+    with pytest.raises(RlError, match="unknown task"):
+        get_task(name)
