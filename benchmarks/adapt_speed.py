@@ -2,17 +2,23 @@
 
 The published loop is written anew: LoRA on every layer, one sample at a time, a backward pass through all layers of
 which the last one's gradients are kept, cast to float16, and a dense random-sign projection to 8192 in blocks of 128,
-drawn again for every 16 samples. That projection is the one for a CPU; the published code takes a CUDA kernel where it
-is installed, which is why the rows without a projection are listed too. Both sides give NLL, EL2N, entropy and GraNd,
-which are compared. Times are CPU seconds of one run on one thread, since the machine is shared.
+drawn again for every 16 samples. Its projector without CUDA (BasicProjector of TRAK) draws the signs with `bernoulli_`
+in the model's dtype; so does the projection here, bit for bit. A second one draws them as whole numbers of 8 bits,
+which costs half and is what a reader might write. With CUDA and fast_jl a kernel takes their place, which is why the
+rows without a projection are listed too. Both sides take NLL, EL2N, entropy and GraNd in the pass of the gradients,
+which are compared; the published side takes a softmax for each, over all positions, as its code does.
 
-    python benchmarks/adapt_speed.py [--samples 32] [--length 128]
+"Forward pass alone" is the floor: the model as it is on the same batches, its output layer at answer positions alone,
+and nothing kept. What is timed as score_samples holds all of it, the writing of the store included. Times are CPU
+seconds on one thread, since the machine is shared, medians of runs taken in turns.
+
+    python benchmarks/adapt_speed.py [--samples 32] [--length 128] [--rounds 3]
 """
 
 import argparse
+import statistics
 import tempfile
 import time
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -21,6 +27,9 @@ from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from krontune.data_selection import score_samples
+from krontune.data_selection.encoding import collate, encode
+from krontune.data_selection.gradients import scoring_mode
+from krontune.data_selection.scores import answer_logits, answer_places
 
 SCORES = ("nll", "el2n", "entropy", "grand")
 PROMPT = 0.25  # share of a row that is no answer
@@ -73,12 +82,17 @@ def published_scores(model, rows):
         output.loss.backward()
         grad = torch.cat([parameter.grad.flatten() for parameter in kept])
         with torch.no_grad():
-            p = torch.softmax(output.logits[0, :-1].float(), -1)
+            logits = output.logits[0, :-1]
             answer = labels[0, 1:] != -100
-            one_hot = torch.nn.functional.one_hot(ids[0, 1:], p.shape[1])
-            el2n = (p - one_hot).norm(dim=1)[answer].mean()
-            entropy = -(p * p.clamp(min=1e-30).log()).sum(1)[answer].mean()  # published: over all positions
-        for name, value in zip(SCORES, (output.loss, el2n, entropy, grad.norm()), strict=True):
+            p = torch.softmax(logits, -1)[answer]
+            one_hot = torch.nn.functional.one_hot(ids[0, 1:][answer], p.shape[1])
+            el2n = (one_hot - p).pow(2).sum(1).sqrt().mean()
+            p = torch.softmax(logits, -1)
+            entropy = -(p * (p + 1e-10).log()).sum(1)[answer].mean()  # published: the mean over all positions
+            nll = torch.nn.functional.cross_entropy(
+                logits[answer], ids[0, 1:][answer]
+            )  # published: of each token's exp
+        for name, value in zip(SCORES, (nll, el2n, entropy, grad.norm()), strict=True):
             found[name].append(value.item())
         vectors.append(grad.half())
     model.zero_grad()
@@ -86,6 +100,17 @@ def published_scores(model, rows):
 
 
 def published_projection(vectors: torch.Tensor, size: int = 8192, block: int = 128, batch: int = 16) -> torch.Tensor:
+    signs, projected = torch.empty(vectors.shape[1], block), []
+    for part in vectors.float().split(batch):
+        columns = []
+        for number in range(size // block):
+            generator = torch.Generator().manual_seed(1000 * number)
+            columns.append(part @ signs.bernoulli_(0.5, generator=generator).mul_(2).sub_(1))
+        projected.append(torch.cat(columns, 1))
+    return torch.cat(projected)
+
+
+def cheaper_projection(vectors: torch.Tensor, size: int = 8192, block: int = 128, batch: int = 16) -> torch.Tensor:
     projected = []
     for part in vectors.float().split(batch):
         columns = []
@@ -97,53 +122,77 @@ def published_projection(vectors: torch.Tensor, size: int = 8192, block: int = 1
     return torch.cat(projected)
 
 
-def cpu_seconds(work):
-    start = time.process_time()
-    result = work()
-    return time.process_time() - start, result
+def forward_alone(model, batches) -> None:
+    with scoring_mode(model), torch.no_grad():
+        for inputs, labels in batches:
+            answer_logits(model, inputs, answer_places(labels)[0])
+
+
+def measured(works, rounds: int):
+    """Median CPU seconds of each, run in turns, and what each gave last."""
+    seconds, results = {name: list[float]() for name in works}, {}
+    for _ in range(rounds):
+        for name, work in works.items():
+            start = time.process_time()
+            results[name] = work()
+            seconds[name].append(time.process_time() - start)
+        print({name: round(values[-1], 2) for name, values in seconds.items()}, flush=True)
+    return {name: statistics.median(values) for name, values in seconds.items()}, results
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--samples", type=int, default=32)
     parser.add_argument("--length", type=int, default=128)
+    parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
     torch.set_num_threads(1)
     model, rows = build(options.samples, options.length)
-    published_scores(model, rows[:2])
+    encoded = sorted((encode(Words(), row, "row", None) for row in rows), key=len)
+    batches = [collate(encoded[i : i + 8], 0) for i in range(0, len(encoded), 8)]
+    _, vectors = published_scores(model, rows)  # which also warms up
+    with scoring_mode(model):  # bitsandbytes is imported here
+        pass
 
     with tempfile.TemporaryDirectory() as folder:
 
-        def ours(name: str, **settings):
-            out = Path(folder) / name
-            return cpu_seconds(lambda: score_samples(model, Words(), rows, SCORES, out_dir=out, **settings))
+        def ours(**settings):
+            return score_samples(
+                model, Words(), rows, SCORES, out_dir=tempfile.mkdtemp(dir=folder) + "/store", **settings
+            )
 
-        scored, (scores, vectors) = cpu_seconds(lambda: published_scores(model, rows))
-        projecting, _ = cpu_seconds(lambda: published_projection(vectors))
-        whole, store = ours("whole", projection=None)
-        small, _ = ours("small", projection=1024)
-        single, _ = ours("single", projection=1024, batch_size=1)
-        every, _ = ours("every", projection=1024, gradients="all")
-        apart = max(np.abs(store.scores[name] / scores[name] - 1).max() for name in SCORES)
-        lines = [
-            ("published loop, scores and whole vectors", scored, scored),
-            ("published loop with its projection to 8192", scored + projecting, scored + projecting),
-            ("score_samples, whole vectors, batches of 8", whole, scored),
-            ("score_samples, count-sketch to 1024, batches of 8", small, scored + projecting),
-            ("score_samples, count-sketch to 1024, batches of 1", single, scored + projecting),
-            ("score_samples, all 8 layers, count-sketch to 1024", every, scored + projecting),
-        ]
-        table = [
-            [
-                name,
-                f"{options.samples / seconds:.2f}",
-                f"{1000 * seconds / options.samples:.0f}",
-                f"{peer / seconds:.2f}",
-            ]
-            for name, seconds, peer in lines
-        ]
+        works = {
+            "scores": lambda: published_scores(model, rows)[0],
+            "projection": lambda: published_projection(vectors),
+            "cheaper": lambda: cheaper_projection(vectors),
+            "forward": lambda: forward_alone(model, batches),
+            "whole": lambda: ours(projection=None),
+            "small": lambda: ours(projection=1024),
+            "single": lambda: ours(projection=1024, batch_size=1),
+            "every": lambda: ours(projection=1024, gradients="all"),
+        }
+        times, results = measured(works, options.rounds)
+        found = results["whole"].scores
+        apart = max(np.abs(found[name] / results["scores"][name] - 1).max() for name in SCORES)
+    scores, full, cheap = (times["scores"] + times.get(name, 0.0) for name in ("", "projection", "cheaper"))
+    lines = [
+        ("published loop, scores and whole vectors", scores, (scores,)),
+        ("published loop with its projection to 8192", full, (full,)),
+        ("published loop with cheaper random signs", cheap, (cheap,)),
+        ("forward pass alone (floor), batches of 8", times["forward"], (scores, full, cheap)),
+        ("score_samples, whole vectors, batches of 8", times["whole"], (scores,)),
+        ("score_samples, count-sketch to 1024, batches of 8", times["small"], (full, cheap)),
+        ("score_samples, count-sketch to 1024, batches of 1", times["single"], (full, cheap)),
+        ("score_samples, all 8 layers, count-sketch to 1024", times["every"], (full, cheap)),
+    ]
+    table = []
+    for name, seconds, peers in lines:
+        ratios = {peer: f"{peer / seconds:.2f}" for peer in peers}
+        table.append(
+            [name, f"{1000 * seconds / options.samples:.0f}", *(ratios.get(p, "") for p in (scores, full, cheap))]
+        )
     title = f"Llama of 8 layers, hidden 512, LoRA r 8; {options.samples} samples of {options.length} tokens"
-    columns = ["what", "samples / CPU s", "CPU ms / sample", "x published like for like"]
+    columns = ["what", "CPU ms / sample", "x no projection", "x its projection", "x cheaper signs"]
     show(f"{title}; scores agree to {apart:.0e}", columns, table)
 
 
