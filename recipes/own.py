@@ -58,7 +58,7 @@ def import_own(path: str) -> Any:
     except Exception as error:
         raise RlError(f"{path!r} cannot be imported: {type(error).__name__}: {error}") from error
     if not hasattr(found, name):
-        raise RlError(f"module {module!r} ({found.__spec__.origin}) has no {name!r}")
+        raise RlError(f"module {module!r} ({source_of(path) or 'built in'}) has no {name!r}")
     return getattr(found, name)
 
 

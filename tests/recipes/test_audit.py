@@ -98,7 +98,7 @@ def test_a_curriculum_is_audited_by_what_it_pays_in_the_end(recipe, monkeypatch)
         ("task: {name: countdown, n: [7, 9]}", "6 rows at most"),
         ("task: {name: lis, n: [4, 5]}\n    reward: mixture\n    reward_options: {weights: {answer: .nan}}", "numbers"),
         ("task: {name: lis, n: [4, 5]}\n    reward_options: {weights: {answer: 1}}", "option of another reward"),
-        ("data: rows.jsonl\n    reward: 'sys:good'", "'sys' .built-in. has no 'good'"),
+        ("data: rows.jsonl\n    reward: 'sys:good'", "'sys' .built in. has no 'good'"),
     ],
 )
 def test_what_cannot_be_audited_is_a_fault_with_its_place(recipe, stage, message):
