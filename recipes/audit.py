@@ -80,6 +80,8 @@ def _of_stage(recipe: Recipe, stage: Rl) -> list[CheckResult]:
             if task is None or stage.task is None:
                 return _of_rows(stage, reward, rows)
             n = stage.task.n
+            for size in (n, n[-1]):
+                task.instances(1, size, recipe.seed)  # nothing can be trained, or checked, where there are none
             of_reward = [
                 _explained(tried("verifier", lambda: checks.verifier(reward, task, n)), reward),
                 tried("heuristics", lambda: checks.heuristics(task, reward, n)),
