@@ -32,6 +32,7 @@ from krontune.data_selection.gradients import scoring_mode
 from krontune.data_selection.scores import answer_logits, answer_places
 
 SCORES = ("nll", "el2n", "entropy", "grand")
+VOCABULARY = 8192
 PROMPT = 0.25  # share of a row that is no answer
 
 
@@ -44,13 +45,13 @@ class Words:
         return {"input_ids": list(text.encode())}
 
     def __len__(self) -> int:
-        return 256
+        return VOCABULARY
 
 
 def build(samples: int, length: int):
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=8192,
+        vocab_size=VOCABULARY,
         hidden_size=512,
         intermediate_size=1408,
         num_hidden_layers=8,
@@ -63,7 +64,7 @@ def build(samples: int, length: int):
     generator = torch.Generator().manual_seed(1)
     rows = []
     for i in range(samples):
-        ids = torch.randint(1, 8192, (length - i % 16,), generator=generator).tolist()
+        ids = torch.randint(1, VOCABULARY, (length - i % 16,), generator=generator).tolist()
         start = int(len(ids) * PROMPT)
         rows.append({"input_ids": ids, "labels": [-100] * start + ids[start:]})
     return model, rows
